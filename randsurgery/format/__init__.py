@@ -1,0 +1,16 @@
+"""The checkpoint format, numpy only: generator, masks, recipe schema, container, rebuild.
+
+Nothing in this package imports torch. docs/format.md is the normative text.
+
+Modules import only those above them in this list:
+
+    canonical    canonical JSON, hexadecimal floats, digests
+    generator    bits -> signs, normals, uniforms
+    tensors      dtypes, raw tensors, rounding to 16 bits
+    masks        packed bit masks and their two encodings
+    hadamard     the hadamard source
+    recipe       the schema: sources, overlays, entries, members
+    container    safetensors headers and payloads, read strictly and written atomically
+    rebuild      recipe + payloads -> finished tensors
+    checkpoint   a whole file: read, assemble, write, verify
+"""

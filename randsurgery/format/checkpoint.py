@@ -1,0 +1,419 @@
+"""A whole checkpoint file: read its recipe, finish its tensors, write it, verify it."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import ValidationError
+
+from randsurgery.errors import FileFormatError, IncompatibleError, UsageError, near
+from randsurgery.format.canonical import canonical_json, digest, strict_json
+from randsurgery.format.container import Container, check_output, pack, write_atomically
+from randsurgery.format.rebuild import (
+    Payloads,
+    check_affordable,
+    payload_name,
+    read_mask,
+    rebuild_tensor,
+)
+from randsurgery.format.recipe import (
+    SHARED,
+    BaseSource,
+    Entry,
+    MaskOverlay,
+    Member,
+    MemberTensor,
+    Overlay,
+    RandomSource,
+    Recipe,
+    ReplaceOverlay,
+    ScatterOverlay,
+    SignsSource,
+    SliceOverlay,
+    StoredSource,
+)
+from randsurgery.format.tensors import RawTensor, byte_count
+
+METADATA_KEY = "randsurgery"
+T = TypeVar("T")
+
+
+class Memory(dict[str, RawTensor]):
+    """Payloads, or a base's tensors, held in memory."""
+
+    def read(self, name: str) -> RawTensor:
+        """The tensor of that name, read-only: overlays copy it before they change it."""
+        tensor = self[name]
+        array = tensor.array.view()
+        array.flags.writeable = False
+        return RawTensor(tensor.dtype, array)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A recipe and the payloads it speaks of, in a file or in memory.
+
+    ``bases`` holds the tensors of base checkpoints by base id; each has been checked by identity.
+    """
+
+    recipe: Recipe
+    payloads: Payloads
+    bases: Mapping[str, Payloads] = field(default_factory=dict)
+    path: Path | None = None
+
+    def member(self, name: str | None = None) -> Member:
+        """The member of that name, or the only one. Raises UsageError naming the members."""
+        names = [m.name for m in self.recipe.members]
+        if name is None and len(names) > 1:
+            raise UsageError(f"the file has {len(names)} members ({', '.join(names)}); name one")
+        try:
+            return self.recipe.member(name)
+        except StopIteration:
+            known = near(str(name), names) or f"; members: {', '.join(names)}"
+            raise UsageError(f"the file has no member {name!r}{known}") from None
+
+    def tensor(self, name: str, member: str | None = None) -> RawTensor:
+        """One finished tensor, rebuilt from its sentence."""
+        return self._rebuild(self.member(member), name)
+
+    def _rebuild(self, member: Member, name: str) -> RawTensor:
+        return rebuild_tensor(self.recipe, member, name, self.payloads, self._base_tensor)
+
+    def _base_tensor(self, base: str, name: str) -> RawTensor:
+        if base not in self.bases:
+            raise IncompatibleError(missing_base(self.recipe, base))
+        try:
+            return self.bases[base].read(name)
+        except KeyError:
+            raise IncompatibleError(f"base {base!r} has no tensor {name!r}") from None
+
+    def tensors(
+        self, member: str | None = None, threads: int | None = None
+    ) -> dict[str, RawTensor]:
+        """All finished tensors of a member by name, in sorted order.
+
+        ``threads`` changes the time alone, never a bit.
+        """
+        who = self.member(member)
+        names = self.recipe.tensor_names(who)
+        check_affordable(finished_bytes(self.recipe, who), "the checkpoint")
+        rebuilt = in_threads(lambda name: self._rebuild(who, name), names, threads)
+        return dict(zip(names, rebuilt, strict=True))
+
+    def close(self) -> None:
+        """Close the file, if there is one."""
+        if isinstance(self.payloads, Container):
+            self.payloads.__exit__()
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def in_threads(
+    work: Callable[[str], T], names: Iterable[str], threads: int | None = None
+) -> Iterator[T]:
+    """``map`` on a few threads; NumPy and zlib release the interpreter while they work."""
+    with ThreadPoolExecutor(threads or min(8, os.cpu_count() or 1)) as pool:
+        yield from pool.map(work, names)
+
+
+def finished_bytes(recipe: Recipe, member: Member) -> int:
+    """Bytes of all finished tensors of one member, from shapes alone."""
+    entries = (recipe.resolved(member, name) for name in recipe.tensor_names(member))
+    return sum(byte_count(entry.dtype, entry.shape) for entry in entries)
+
+
+def missing_base(recipe: Recipe, base: str) -> str:
+    """The message for a base that was not found."""
+    ref = recipe.bases[base]
+    origin = f" {ref.origin}" if ref.origin else ""
+    revision = f" at {ref.revision}" if ref.revision else ""
+    beside = f"put {ref.file} beside the file or " if ref.file else ""
+    return f"the base{origin}{revision} ({ref.identity}) is needed; {beside}pass --base FILE"
+
+
+def identity(names: Iterable[str], tensors: Payloads) -> str:
+    """A base's identity: digest over its tensors by sorted name, each the canonical JSON array
+    [name, dtype, shape], a zero byte, and the bytes."""
+    sha = hashlib.sha256()
+    for name in sorted(names):
+        tensor = tensors.read(name)
+        sha.update(canonical_json([name, tensor.dtype, list(tensor.shape)]) + b"\0")
+        sha.update(tensor.array.reshape(-1).view("u1").data)
+    return sha.hexdigest()[:32]
+
+
+# --- which payloads a recipe needs ---------------------------------------------------------------
+
+
+def _overlay_slots(index: int, overlay: Overlay) -> tuple[str, ...]:
+    if isinstance(overlay, MaskOverlay):
+        return (f"{index}.mask",)
+    if isinstance(overlay, ScatterOverlay):
+        return (f"{index}.mask", f"{index}.values")
+    if isinstance(overlay, SliceOverlay):
+        return (f"{index}.slice",)
+    return (f"{index}.tensor",) if isinstance(overlay, ReplaceOverlay) else ()
+
+
+def _entry_slots(entry: Entry) -> Iterator[str]:
+    if isinstance(entry.source, (StoredSource, SignsSource)):
+        yield "source"
+    for index, overlay in enumerate(entry.overlays):
+        yield from _overlay_slots(index, overlay)
+
+
+def payload_names(recipe: Recipe, owner: str | None = None) -> Iterator[str]:
+    """The names of all payloads, or of those that ``owner`` ("shared" or a member) brings."""
+    for who, name, entry in recipe.entries():
+        if owner in (None, who):
+            yield from (payload_name(who, name, slot) for slot in _entry_slots(entry))
+    for member in recipe.members:
+        if owner not in (None, member.name):
+            continue
+        for name, own in member.tensors.items():
+            for index, overlay in enumerate(own.overlays):
+                for slot in _overlay_slots(index, overlay):
+                    yield payload_name(member.name, name, slot)
+        yield from (payload_name(member.name, name, "scores") for name in member.scores)
+
+
+# --- reading -------------------------------------------------------------------------------------
+
+
+def parse_recipe(text: str, name: str) -> Recipe:
+    """The recipe in a file's metadata. Raises FileFormatError with the first fault."""
+    try:
+        value = strict_json(text)
+    except ValueError as error:
+        raise FileFormatError(f"{name}: the recipe is not valid JSON ({error})") from None
+    version = value.get("version", 0) if isinstance(value, dict) else None
+    if version != 0:
+        raise FileFormatError(f"{name}: format version {version!r}, this release reads 0")
+    try:
+        # strict JSON mode: arrays become tuples, nothing else is converted
+        return Recipe.model_validate_json(canonical_json(value))
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise FileFormatError(
+            f"{name}: the recipe is invalid at {where!r}: {first['msg']}"
+        ) from None
+
+
+def is_checkpoint(container: Container) -> bool:
+    """True for a file of this format, False for any other safetensors file."""
+    return METADATA_KEY in container.metadata
+
+
+def read_checkpoint(
+    path: str | os.PathLike[str],
+    *,
+    base: Payloads | str | os.PathLike[str] | None = None,
+    need_bases: bool = True,
+) -> Checkpoint:
+    """Open a file of this format; only the header is read until a tensor is asked for.
+
+    ``base`` is the base checkpoint (a safetensors path or its tensors); without it a base is
+    looked for beside the file under its recorded name. With ``need_bases`` false, bases are left
+    out, for readers that want the recipe only. Raises FileFormatError or IncompatibleError.
+    """
+    container = Container(path)
+    try:
+        name = container.path.name
+        if not is_checkpoint(container):
+            raise FileFormatError(
+                f"{name}: a safetensors file, but not one of randsurgery; "
+                "pass it as --checkpoint with an architecture"
+            )
+        recipe = parse_recipe(container.metadata[METADATA_KEY], name)
+        needed = set(payload_names(recipe))
+        if missing := sorted(needed - set(container.infos)):
+            raise FileFormatError(f"{name}: payload {missing[0]!r} is missing")
+        if foreign := sorted(set(container.infos) - needed):
+            raise FileFormatError(f"{name}: tensor {foreign[0]!r} belongs to no part of the recipe")
+        bases = _find_bases(recipe, container.path, base) if need_bases else {}
+        return Checkpoint(recipe, container, bases, container.path)
+    except BaseException:
+        container.__exit__()
+        raise
+
+
+def _find_bases(
+    recipe: Recipe, path: Path, given: Payloads | str | os.PathLike[str] | None
+) -> dict[str, Payloads]:
+    found: dict[str, Payloads] = {}
+    for key, ref in recipe.bases.items():
+        tensors: Payloads
+        if given is not None:
+            tensors = Container(given) if isinstance(given, (str, os.PathLike)) else given
+        elif ref.file is not None and (path.parent / ref.file).is_file():
+            tensors = Container(path.parent / ref.file)
+        else:
+            raise IncompatibleError(f"{path.name}: {missing_base(recipe, key)}")
+        names = (
+            tensors.infos if isinstance(tensors, Container) else getattr(tensors, "keys", dict)()
+        )
+        if (actual := identity(names, tensors)) != ref.identity:
+            where = tensors.path if isinstance(tensors, Container) else "the given base"
+            raise IncompatibleError(
+                f"{where} is another base: its identity is {actual}, {path.name} was made on "
+                f"{ref.identity}" + (f" ({ref.origin})" if ref.origin else "")
+            )
+        found[key] = tensors
+    return found
+
+
+# --- writing -------------------------------------------------------------------------------------
+
+
+def backbone_id(recipe: Recipe, payloads: Payloads) -> str:
+    """Digest of the shared entries by decoded content: equal if and only if members of one file
+    can be grafted onto the other. Normative text: docs/format.md section 6."""
+    rows = []
+    for name, entry in sorted(recipe.tensors.items()):
+        source = entry.source.to_json()
+        if isinstance(entry.source, RandomSource):
+            source["stream"] = entry.source.stream or name
+        if isinstance(entry.source, BaseSource):
+            source["base"] = recipe.bases[entry.source.base].identity
+        overlays = []
+        for index, overlay in enumerate(entry.overlays):
+            part = overlay.to_json()
+            if isinstance(overlay, (MaskOverlay, ScatterOverlay)):
+                slot = payload_name(SHARED, name, f"{index}.mask")
+                del part["encoding"]
+                part["digest"] = digest(read_mask(payloads, slot, overlay, entry.size).packed)
+            overlays.append(part)
+        rows.append([name, entry.dtype, list(entry.shape), source, overlays])
+    return digest(canonical_json(rows))
+
+
+def finish(checkpoint: Checkpoint) -> Checkpoint:
+    """The same checkpoint with the digest of every finished tensor and its backbone id."""
+    recipe = checkpoint.recipe
+    bare = Member(name="main")  # shared entries alone
+
+    def shared(name: str) -> Entry:
+        found = checkpoint._rebuild(bare, name).digest()
+        return recipe.tensors[name].model_copy(update={"digest": found})
+
+    names = list(recipe.tensors)
+    tensors = dict(zip(names, in_threads(shared, names), strict=True))
+    members = tuple(_finish_member(checkpoint, member) for member in recipe.members)
+    update: dict[str, Any] = {"tensors": tensors, "members": members}
+    update["backbone_id"] = backbone_id(recipe, checkpoint.payloads)
+    return Checkpoint(
+        recipe.model_copy(update=update), checkpoint.payloads, checkpoint.bases, checkpoint.path
+    )
+
+
+def _finish_member(checkpoint: Checkpoint, member: Member) -> Member:
+    def own(name: str) -> MemberTensor:
+        found, part = checkpoint._rebuild(member, name).digest(), member.tensors[name]
+        if part.entry is None:
+            return part.model_copy(update={"digest": found})
+        return MemberTensor(entry=part.entry.model_copy(update={"digest": found}))
+
+    names = list(member.tensors)
+    return member.model_copy(
+        update={"tensors": dict(zip(names, in_threads(own, names), strict=True))}
+    )
+
+
+def write_checkpoint(
+    path: str | os.PathLike[str], checkpoint: Checkpoint, *, force: bool = False
+) -> int:
+    """Finish, write, re-read and verify a checkpoint, then rename it into place.
+
+    Returns the file's bytes. Raises OutputError if the disk refuses or the file exists and
+    ``force`` is false; an old file is untouched unless all went well.
+    """
+    check_output(path, force=force)
+    done = finish(checkpoint)
+    text = canonical_json(done.recipe.to_json()).decode("ascii")
+    parse_recipe(text, Path(path).name)  # what is written can be read
+    names = list(payload_names(done.recipe))
+    payloads = {name: done.payloads.read(name) for name in names}
+    metadata = {"format": "pt", METADATA_KEY: text}
+
+    def verify_written(written: Path) -> None:
+        with Container(written) as container:
+            again = parse_recipe(container.metadata[METADATA_KEY], written.name)
+            if again != parse_recipe(text, written.name):
+                raise FileFormatError(f"{written}: the recipe read back differs")
+            copy = Checkpoint(again, container, done.bases, written)
+            if faults := [c for c in verify(copy) if not c.ok]:
+                raise FileFormatError(f"{written}: {faults[0].what}: {faults[0].detail}")
+
+    return write_atomically(path, pack(payloads, metadata), verify_written)
+
+
+# --- verifying -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Check:
+    """One digest compared: what it covers, whether it agreed, and if not, how."""
+
+    what: str
+    ok: bool
+    detail: str = ""
+
+
+def verify(checkpoint: Checkpoint) -> list[Check]:
+    """Compare every digest of the file: payloads, finished tensors, scores, backbone id.
+
+    Payload digests are compared while the tensors that need them are rebuilt. A tensor that fails
+    does not stop the others.
+    """
+    recipe = checkpoint.recipe
+
+    def check(member: Member, name: str, expected: str | None, what: str) -> Check:
+        try:
+            found = checkpoint._rebuild(member, name).digest()
+        except (FileFormatError, IncompatibleError) as error:
+            return Check(what, False, str(error))
+        ok = found == expected
+        return Check(what, ok, "" if ok else f"rebuilt {found}, the recipe says {expected}")
+
+    bare = Member(name="main")
+    work: list[Callable[[], Check]] = [
+        functools.partial(check, bare, name, entry.digest, f"shared/{name}")
+        for name, entry in recipe.tensors.items()
+    ]
+    for member in recipe.members:
+        for name, own in member.tensors.items():
+            expected = own.digest if own.entry is None else own.entry.digest
+            what = f"{member.name}/{name}"
+            work.append(functools.partial(check, member, name, expected, what))
+        for name, expected in member.scores.items():
+            slot = payload_name(member.name, name, "scores")
+            work.append(functools.partial(_check_scores, checkpoint, slot, expected))
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        checks = list(pool.map(lambda one: one(), work))
+    return [*checks, _check_backbone(checkpoint)]
+
+
+def _check_scores(checkpoint: Checkpoint, slot: str, expected: str) -> Check:
+    found = digest(checkpoint.payloads.read(slot).array)
+    return Check(slot, found == expected, f"digest {found}, the recipe says {expected}")
+
+
+def _check_backbone(checkpoint: Checkpoint) -> Check:
+    try:
+        found = backbone_id(checkpoint.recipe, checkpoint.payloads)
+    except FileFormatError as error:
+        return Check("backbone_id", False, str(error))
+    ok = found == checkpoint.recipe.backbone_id
+    return Check("backbone_id", ok, "" if ok else f"{found}, not {checkpoint.recipe.backbone_id}")

@@ -1,0 +1,108 @@
+"""The hadamard source: a matrix of signs with orthogonal rows, from its shape alone.
+
+Hoffer et al., "Fix your classifier", section on Hadamard matrices. docs/format.md section 4 is
+normative. Orders come from Sylvester's doubling, Paley's two constructions over a prime field,
+and Kronecker products of these.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+import numpy.typing as npt
+
+from randsurgery.errors import IncompatibleError
+from randsurgery.format.generator import BitStream
+
+I8Array = npt.NDArray[np.int8]
+MAX_ORDER = 1 << 15
+
+
+def _is_prime(n: int) -> bool:
+    return n > 1 and all(n % p for p in range(2, int(n**0.5) + 1))
+
+
+def _jacobsthal(q: int) -> I8Array:
+    """Q[i, j] = +1 if i - j is a non-zero square modulo the prime q, 0 if i = j, else -1."""
+    character = np.full(q, -1, dtype=np.int8)
+    character[np.arange(1, q, dtype=np.int64) ** 2 % q] = 1
+    character[0] = 0
+    index = np.arange(q)
+    matrix: I8Array = character[(index[:, None] - index[None, :]) % q]
+    return matrix
+
+
+def _paley_one(q: int) -> I8Array:
+    """Order q + 1 for a prime q = 3 mod 4: I + S, S skew with first row +1, first column -1."""
+    skew = np.zeros((q + 1, q + 1), dtype=np.int8)
+    skew[0, 1:], skew[1:, 0], skew[1:, 1:] = 1, -1, _jacobsthal(q)
+    return skew + np.eye(q + 1, dtype=np.int8)
+
+
+def _paley_two(q: int) -> I8Array:
+    """Order 2(q + 1) for a prime q = 1 mod 4, from the symmetric conference matrix C."""
+    conference = np.zeros((q + 1, q + 1), dtype=np.int8)
+    conference[0, 1:], conference[1:, 0], conference[1:, 1:] = 1, 1, _jacobsthal(q)
+    eye = np.eye(q + 1, dtype=np.int8)
+    plus, minus = np.array([[1, 1], [1, -1]], np.int8), np.array([[1, -1], [-1, -1]], np.int8)
+    return np.kron(conference, plus) + np.kron(eye, minus)
+
+
+@functools.lru_cache(maxsize=8)
+def _matrix(n: int) -> I8Array | None:
+    """A Hadamard matrix of order n, or None where the constructions do not reach."""
+    if n == 1:
+        return np.ones((1, 1), dtype=np.int8)
+    if n == 2:
+        return np.array([[1, 1], [1, -1]], dtype=np.int8)
+    if n % 4:
+        return None
+    if n & (n - 1) and _is_prime(n - 1):  # n - 1 = 3 mod 4; powers of two are Sylvester's
+        return _paley_one(n - 1)
+    if n & (n - 1) and n % 8 == 4 and _is_prime(n // 2 - 1):  # n / 2 - 1 = 1 mod 4
+        return _paley_two(n // 2 - 1)
+    for factor in (2, *range(4, int(n**0.5) + 1, 4)):
+        if n % factor == 0 and (half := _matrix(n // factor)) is not None:
+            outer = _matrix(factor)
+            if outer is not None:
+                return np.kron(outer, half)
+    return None
+
+
+def order_for(width: int) -> int:
+    """The smallest order that the constructions reach and that is at least ``width``."""
+    if not 1 <= width <= MAX_ORDER:
+        raise IncompatibleError(f"a hadamard source has 1 to {MAX_ORDER} columns, not {width}")
+    return next(n for n in range(width, 2 * MAX_ORDER + 1) if _matrix(n) is not None)
+
+
+def hadamard_rows(rows: int, columns: int) -> I8Array:
+    """``rows`` distinct sign vectors, values ±1. Shape (rows, columns).
+
+    The first ``order_for(columns)`` are rows of one Hadamard matrix cut to ``columns``, hence
+    exactly orthogonal if that is the order. Further rows are the same matrix with its columns
+    sign-flipped by the stream (seed 0, key "hadamard-t", role "head") for t = 1, 2, ...; a row
+    that occurred before is left out.
+    """
+    matrix = _matrix(order_for(columns))
+    assert matrix is not None
+    base = matrix[:, :columns]
+    found: dict[bytes, I8Array] = {}
+    for turn in range(4 + 4 * rows // base.shape[0]):
+        flips = np.ones(columns, dtype=np.int8)
+        if turn:
+            packed = BitStream(0, f"hadamard-{turn}", "head").bytes(-(-columns // 8))
+            flips -= 2 * np.unpackbits(packed, count=columns, bitorder="little").view(np.int8)
+        for row in base * flips:
+            found.setdefault(row.tobytes(), row)
+            if len(found) == rows:
+                return np.stack(list(found.values()))
+    raise IncompatibleError(f"there are no {rows} distinct hadamard rows of {columns} columns")
+
+
+def coherence(matrix: npt.NDArray[np.int8]) -> float:
+    """The largest |cosine| between two different rows; 0 for orthogonal rows."""
+    gram = np.abs(matrix.astype(np.float64) @ matrix.T.astype(np.float64)) / matrix.shape[1]
+    np.fill_diagonal(gram, 0.0)
+    return float(gram.max(initial=0.0))

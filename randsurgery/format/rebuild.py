@@ -1,0 +1,286 @@
+"""Recipe and payloads -> finished tensors, one tensor at a time.
+
+Each source makes an array, each overlay changes it in place. A tensor depends on its own entry
+alone, so tensors may be rebuilt in any order and on any number of threads.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from randsurgery.errors import FileFormatError, IncompatibleError
+from randsurgery.format import masks
+from randsurgery.format.canonical import digest
+from randsurgery.format.generator import expand_signs, generate
+from randsurgery.format.hadamard import hadamard_rows
+from randsurgery.format.recipe import (
+    SHARED,
+    BaseSource,
+    ConstantSource,
+    Entry,
+    HadamardSource,
+    MaskOverlay,
+    Member,
+    Overlay,
+    RandomSource,
+    Recipe,
+    ReplaceOverlay,
+    ScaleOverlay,
+    ScatterOverlay,
+    SignsSource,
+    SliceOverlay,
+    StoredSource,
+)
+from randsurgery.format.tensors import (
+    RANDOM_DTYPES,
+    STORAGE,
+    RawTensor,
+    as_words,
+    byte_count,
+    f32,
+    from_f32,
+    to_f32,
+)
+
+
+class Payloads(Protocol):
+    """Where payload tensors come from: an open file or memory."""
+
+    def read(self, name: str) -> RawTensor:
+        """The payload tensor of that name. Raises KeyError if there is none."""
+
+
+BaseLookup = Callable[[str, str], RawTensor]
+"""(base id, tensor name) -> the base's tensor."""
+
+Step = tuple[str, int, Overlay]
+
+_PHYSICAL = (
+    os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if "SC_PHYS_PAGES" in getattr(os, "sysconf_names", {})
+    else 1 << 36
+)
+
+
+def payload_name(owner: str, tensor: str, slot: str) -> str:
+    """The safetensors name of a payload."""
+    return f"{owner}/{tensor}/{slot}"
+
+
+def check_affordable(total: int, what: str) -> None:
+    """Refuse, before allocating, what cannot fit this machine's memory."""
+    if total > _PHYSICAL:
+        raise IncompatibleError(
+            f"{what} asks for {total / 1e9:,.1f} GB, this machine has {_PHYSICAL / 1e9:,.1f} GB"
+        )
+
+
+def read_payload(
+    payloads: Payloads, name: str, expected: str, *, dtype: str, shape: tuple[int, ...] | None
+) -> npt.NDArray[Any]:
+    """A payload whose dtype, shape and digest are as the recipe says. Raises FileFormatError."""
+    try:
+        tensor = payloads.read(name)
+    except KeyError:
+        raise FileFormatError(f"payload {name!r} is missing") from None
+    if tensor.dtype != dtype or (shape is not None and tensor.shape != shape):
+        wanted = f"{dtype} {list(shape) if shape is not None else '[any]'}"
+        raise FileFormatError(
+            f"payload {name!r} is {tensor.dtype} {list(tensor.shape)}, the recipe needs {wanted}"
+        )
+    if shape is None and len(tensor.shape) != 1:
+        raise FileFormatError(f"payload {name!r} has {len(tensor.shape)} dimensions, not 1")
+    if (found := digest(tensor.array)) != expected:
+        raise FileFormatError(
+            f"payload {name!r} is corrupt (digest {found}, the recipe says {expected})"
+        )
+    return tensor.array
+
+
+def read_mask(
+    payloads: Payloads, name: str, overlay: MaskOverlay | ScatterOverlay, size: int
+) -> masks.Mask:
+    """The mask of an overlay over a tensor of ``size`` elements."""
+    data = read_payload(payloads, name, overlay.digest, dtype="U8", shape=None)
+    return masks.decode(data.data, overlay.encoding, size, overlay.count, name)
+
+
+def _need_float(entry: Entry, name: str, what: str) -> None:
+    if entry.dtype not in RANDOM_DTYPES:
+        raise FileFormatError(
+            f"{name}: {what} makes {', '.join(RANDOM_DTYPES)} tensors, not {entry.dtype}"
+        )
+
+
+def _float32_of(text: str, name: str) -> float:
+    value = float.fromhex(text)
+    if f32(value) != value:
+        raise FileFormatError(f"{name}: {text} is not a float32 value")
+    return value
+
+
+def _constant(entry: Entry, source: ConstantSource, name: str) -> npt.NDArray[Any]:
+    value = float.fromhex(source.value)
+    if entry.dtype.startswith("F8"):
+        raise FileFormatError(f"{name}: a constant source cannot make {entry.dtype}")
+    if entry.dtype == "BF16":
+        element = from_f32("BF16", np.array([value], dtype=np.float32))[0]
+        exact = float(to_f32("BF16", np.array([element], dtype="<u2"))[0]) == value
+    else:
+        with np.errstate(all="ignore"):
+            element = np.array(value).astype(STORAGE[entry.dtype])[()]
+        exact = float(element) == value
+    if not exact or (entry.dtype == "BOOL" and value not in (0.0, 1.0)):
+        raise FileFormatError(f"{name}: {source.value} is not a value of {entry.dtype}")
+    # -0.0 == 0.0, so the sign of a zero needs no check: astype keeps it
+    if value == 0.0 and not np.signbit(value):
+        return np.zeros(entry.shape, dtype=STORAGE[entry.dtype])  # untouched pages cost nothing
+    return np.full(entry.shape, element, dtype=STORAGE[entry.dtype])
+
+
+def _source(
+    entry: Entry, owner: str, name: str, payloads: Payloads, bases: BaseLookup
+) -> npt.NDArray[Any]:
+    """A fresh array of the entry's storage dtype and shape."""
+    source = entry.source
+    if isinstance(source, ConstantSource):
+        return _constant(entry, source, name)
+    if isinstance(source, StoredSource):
+        slot = payload_name(owner, name, "source")
+        return read_payload(payloads, slot, source.digest, dtype=entry.dtype, shape=entry.shape)
+    if isinstance(source, BaseSource):
+        found = bases(source.base, source.tensor)
+        if (found.dtype, found.shape) != (entry.dtype, entry.shape):
+            raise IncompatibleError(
+                f"{name}: base tensor {source.tensor!r} is {found.dtype} {list(found.shape)}, "
+                f"the recipe needs {entry.dtype} {list(entry.shape)}"
+            )
+        return found.array
+    _need_float(entry, name, f"a {source.kind} source")
+    values = np.empty(entry.size, dtype=np.float32)
+    scale = _float32_of(source.scale, name)
+    if isinstance(source, RandomSource):
+        stream = name if source.stream is None else source.stream
+        generate(
+            source.distribution, entry.size, scale, seed=source.seed, stream=stream, out=values
+        )
+    elif isinstance(source, SignsSource):
+        slot, size = payload_name(owner, name, "source"), -(-entry.size // 8)
+        packed = read_payload(payloads, slot, source.digest, dtype="U8", shape=(size,))
+        if entry.size % 8 and packed[-1] >> (entry.size % 8):
+            raise FileFormatError(f"{name}: the padding bits of the signs are not 0")
+        expand_signs(packed, scale, values)
+    else:
+        assert isinstance(source, HadamardSource)
+        if len(entry.shape) != 2:
+            raise FileFormatError(f"{name}: a hadamard source makes matrices, not {entry.shape}")
+        rows = hadamard_rows(*entry.shape)
+        np.multiply(rows.reshape(-1), np.float32(scale), out=values)
+    return from_f32(entry.dtype, values).reshape(entry.shape)
+
+
+def _scaled(
+    entry: Entry, overlay: ScaleOverlay, array: npt.NDArray[Any], name: str
+) -> npt.NDArray[Any]:
+    _need_float(entry, name, "a scale overlay")
+    factor = np.float32(_float32_of(overlay.factor, name))
+    values = np.multiply(to_f32(entry.dtype, array), factor, dtype=np.float32)
+    return from_f32(entry.dtype, values).reshape(entry.shape)
+
+
+def _slice(
+    entry: Entry, overlay: SliceOverlay, slot: str, name: str, payloads: Payloads
+) -> tuple[tuple[slice, ...], npt.NDArray[Any]]:
+    if overlay.dim >= len(entry.shape) or overlay.count > entry.shape[overlay.dim]:
+        raise FileFormatError(
+            f"{name}: no slice of {overlay.count} along dim {overlay.dim} in {list(entry.shape)}"
+        )
+    shape = (*entry.shape[: overlay.dim], overlay.count, *entry.shape[overlay.dim + 1 :])
+    part = read_payload(payloads, slot, overlay.digest, dtype=entry.dtype, shape=shape)
+    return (*[slice(None)] * overlay.dim, slice(overlay.count)), part
+
+
+def _writeable(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """The array itself, or a copy if it belongs to someone else (payloads held in memory)."""
+    return array if array.flags.writeable else array.copy()
+
+
+def _apply(
+    entry: Entry,
+    overlay: Overlay,
+    slot: str,
+    name: str,
+    array: npt.NDArray[Any],
+    payloads: Payloads,
+) -> npt.NDArray[Any]:
+    """The array after one overlay; changed in place where the overlay allows it."""
+    if isinstance(overlay, ReplaceOverlay):
+        return read_payload(
+            payloads, slot + "tensor", overlay.digest, dtype=entry.dtype, shape=entry.shape
+        )
+    if isinstance(overlay, ScaleOverlay):
+        return _scaled(entry, overlay, array, name)
+    if isinstance(overlay, SliceOverlay):
+        where, value = _slice(entry, overlay, slot + "slice", name, payloads)
+        array = _writeable(array)
+        array[where] = value
+        return array
+    array = _writeable(array)
+    mask = read_mask(payloads, slot + "mask", overlay, entry.size)
+    if isinstance(overlay, MaskOverlay):
+        masks.select(as_words(array), mask)
+        return array
+    values = read_payload(
+        payloads,
+        slot + "values",
+        overlay.values_digest,
+        dtype=entry.dtype,
+        shape=(overlay.count,),
+    )
+    masks.scatter(as_words(array), mask, as_words(values))
+    return array
+
+
+def sentence(recipe: Recipe, member: Member, name: str) -> tuple[str, Entry, list[Step]]:
+    """(owner of the source, entry, steps): what makes one tensor of one member.
+
+    A step is (owner, index, overlay); the index counts within the owner's own overlays.
+    """
+    own = member.tensors.get(name)
+    if own is not None and own.entry is not None:
+        owner, entry = member.name, own.entry
+    else:
+        owner, entry = SHARED, recipe.tensors[name]
+    steps = [(owner, index, overlay) for index, overlay in enumerate(entry.overlays)]
+    if own is not None:
+        steps += [(member.name, index, overlay) for index, overlay in enumerate(own.overlays)]
+    return owner, entry, steps
+
+
+def rebuild_tensor(
+    recipe: Recipe, member: Member, name: str, payloads: Payloads, bases: BaseLookup
+) -> RawTensor:
+    """One finished tensor of one member.
+
+    Raises FileFormatError (a payload that is missing, misshapen or corrupt) or
+    IncompatibleError (a base that does not fit, more memory than the machine has).
+    """
+    owner, entry, steps = sentence(recipe, member, name)
+    check_affordable(byte_count(entry.dtype, entry.shape), name)
+    # what comes before a replacement leaves no trace, so it need not be made
+    last = max(
+        (i for i, (_, _, o) in enumerate(steps) if isinstance(o, ReplaceOverlay)), default=-1
+    )
+    if last >= 0:
+        array = np.empty(0)  # replaced by the first step
+    else:
+        array = _source(entry, owner, name, payloads, bases)
+    for step_owner, index, overlay in steps[max(last, 0) :]:
+        slot = payload_name(step_owner, name, f"{index}.")
+        array = _apply(entry, overlay, slot, name, array, payloads)
+    return RawTensor(entry.dtype, array)

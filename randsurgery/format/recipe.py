@@ -1,0 +1,354 @@
+"""The recipe: what a checkpoint says about every tensor, without its payload bytes.
+
+    tensor = overlay_n( ... overlay_1( source ) )
+
+The set of sources and overlays is closed. docs/format.md sections 2, 4 and 5 are normative. All
+models are frozen and refuse unknown fields; only ``notes`` is free.
+
+Payload bytes live in safetensors tensors whose names follow from the place that needs them:
+``OWNER/TENSOR/SLOT``, where OWNER is ``shared`` or a member's name and SLOT is ``source``,
+``N.mask``, ``N.values``, ``N.slice``, ``N.tensor`` (N the overlay's index) or ``scores``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
+
+from randsurgery.format.generator import Distribution
+from randsurgery.format.masks import Encoding
+from randsurgery.format.tensors import DType, element_count
+
+FORMAT = "randsurgery"
+VERSION = 0
+SHARED = "shared"
+
+
+def _checked_hex(text: str) -> str:
+    value = float.fromhex(text)
+    if value.hex() != text or value != value or value in (float("inf"), float("-inf")):
+        raise ValueError(f"{text!r} is not a canonical finite hexadecimal float")
+    return text
+
+
+def check_tensor_name(name: str) -> str:
+    """A name that can be printed and can never be taken for a path. Raises ValueError."""
+    if not 1 <= len(name) <= 400 or not name.isprintable() or not name.isascii():
+        raise ValueError(f"{name!r} is not a tensor name: 1 to 400 printable ASCII characters")
+    if name == "__metadata__" or name.startswith("/") or ".." in name or "\\" in name:
+        raise ValueError(f"{name!r} is not a tensor name: no '..', '\\', leading '/'")
+    return name
+
+
+def _checked_member_name(name: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name) or name == SHARED or ".." in name:
+        raise ValueError(
+            f"{name!r} is not a member name: letters, digits, '.', '_', '-', not 'shared'"
+        )
+    return name
+
+
+HexFloat = Annotated[str, AfterValidator(_checked_hex)]
+TensorName = Annotated[str, AfterValidator(check_tensor_name)]
+MemberName = Annotated[str, AfterValidator(_checked_member_name)]
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+Count = Annotated[int, Field(ge=0, lt=2**48)]
+Shape = Annotated[tuple[Count, ...], Field(max_length=16)]
+Text = Annotated[str, Field(max_length=1000)]
+
+
+class Model(BaseModel):
+    """Base of all parts: immutable, strict, and without unknown fields."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    @model_serializer(mode="wrap")
+    def _without_defaults(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        data: dict[str, Any] = handler(self)
+        for name, info in type(self).model_fields.items():
+            if name not in ("kind", "format", "version") and getattr(self, name) == info.default:
+                data.pop(name, None)
+        return data
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values; fields at their defaults are left out."""
+        return self.model_dump(mode="json")
+
+
+# --- sources ---------------------------------------------------------------------------------
+
+
+class RandomSource(Model):
+    """Values drawn from a seed: no payload. ``stream`` is the tensor's own name if left out."""
+
+    kind: Literal["random"] = "random"
+    distribution: Distribution
+    seed: Seed
+    scale: HexFloat  # magnitude, standard deviation or half-width; a float32 value
+    stream: Text | None = None
+
+
+class ConstantSource(Model):
+    """Every element equals ``value``."""
+
+    kind: Literal["constant"] = "constant"
+    value: HexFloat
+
+
+class HadamardSource(Model):
+    """Rows of a Hadamard matrix times ``scale``; the shape is (rows, columns)."""
+
+    kind: Literal["hadamard"] = "hadamard"
+    scale: HexFloat
+
+
+class SignsSource(Model):
+    """Stored sign bits times ``scale``. Payload ``source``: packed bits, 1 for +."""
+
+    kind: Literal["signs"] = "signs"
+    scale: HexFloat
+    digest: Digest
+
+
+class BaseSource(Model):
+    """Tensor ``tensor`` of the base checkpoint named ``base`` in the recipe."""
+
+    kind: Literal["base"] = "base"
+    base: Text
+    tensor: TensorName
+
+
+class StoredSource(Model):
+    """The tensor itself. Payload ``source``."""
+
+    kind: Literal["stored"] = "stored"
+    digest: Digest
+
+
+Source = Annotated[
+    RandomSource | ConstantSource | HadamardSource | SignsSource | BaseSource | StoredSource,
+    Field(discriminator="kind"),
+]
+
+# --- overlays --------------------------------------------------------------------------------
+
+
+class MaskOverlay(Model):
+    """Keep where the bit is 1, +0.0 elsewhere. Payload ``N.mask``."""
+
+    kind: Literal["mask"] = "mask"
+    encoding: Encoding
+    count: Count  # ones
+    digest: Digest
+
+
+class ScatterOverlay(Model):
+    """Values at the positions of a mask. Payloads ``N.mask`` and ``N.values``."""
+
+    kind: Literal["scatter"] = "scatter"
+    encoding: Encoding
+    count: Count
+    digest: Digest
+    values_digest: Digest
+
+
+class SliceOverlay(Model):
+    """Overwrite the first ``count`` indices along ``dim``. Payload ``N.slice``."""
+
+    kind: Literal["slice"] = "slice"
+    dim: Annotated[int, Field(ge=0, lt=16)]
+    count: Count
+    digest: Digest
+
+
+class ReplaceOverlay(Model):
+    """The whole tensor. Payload ``N.tensor``."""
+
+    kind: Literal["replace"] = "replace"
+    digest: Digest
+
+
+class ScaleOverlay(Model):
+    """Times one float32 number."""
+
+    kind: Literal["scale"] = "scale"
+    factor: HexFloat
+
+
+Overlay = Annotated[
+    MaskOverlay | ScatterOverlay | SliceOverlay | ReplaceOverlay | ScaleOverlay,
+    Field(discriminator="kind"),
+]
+
+# --- the whole -------------------------------------------------------------------------------
+
+
+class Entry(Model):
+    """One tensor: a source, then overlays. ``digest`` is of the finished tensor."""
+
+    dtype: DType
+    shape: Shape
+    source: Source
+    overlays: tuple[Overlay, ...] = ()
+    digest: Digest | None = None  # absent only in memory, before the file is written
+
+    @property
+    def size(self) -> int:
+        """The number of elements."""
+        return element_count(self.shape)
+
+
+class MemberTensor(Model):
+    """What one member does to one tensor: overlays on the shared entry, or an entry of its own."""
+
+    overlays: tuple[Overlay, ...] = ()
+    entry: Entry | None = None
+    digest: Digest | None = None
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> MemberTensor:
+        if bool(self.overlays) == (self.entry is not None):
+            raise ValueError("a member's tensor has either overlays or an entry")
+        if self.entry is not None and self.digest is not None:
+            raise ValueError("the digest of a member's own entry stands in the entry")
+        return self
+
+
+class ModelSpec(Model):
+    """The architecture: a timm registry name and its arguments."""
+
+    name: Text
+    args: dict[Text, bool | int | str | None] = {}  # floats travel as hexadecimal text
+
+
+class HeadSpec(Model):
+    """The classifier: module name, kind, and how many classes it has."""
+
+    name: Text
+    kind: Literal["linear"] = "linear"
+    classes: Count
+
+
+class InputSpec(Model):
+    """What the network expects to see: preprocessing of an image."""
+
+    size: tuple[int, int]  # height, width
+    channels: int
+    mean: tuple[HexFloat, ...]  # a channel, for values in [0, 1]
+    std: tuple[HexFloat, ...]
+    interpolation: Literal["nearest", "bilinear", "bicubic"] = "bicubic"
+    crop: HexFloat = (1.0).hex()  # share of the shorter side that is kept
+
+
+class DatasetSpec(Model):
+    """Where training and test images came from. Never a path."""
+
+    name: Text
+    train_split: Text = "train"
+    test_split: Text = "validation"
+
+
+class BaseRef(Model):
+    """A checkpoint that this file builds on and does not contain."""
+
+    identity: Digest
+    file: Text | None = None  # a bare file name, looked for beside this file
+    origin: Text | None = None  # such as hf-hub:timm/resnet18.a1_in1k
+    revision: Text | None = None
+
+    @model_validator(mode="after")
+    def _bare_name(self) -> BaseRef:
+        if self.file is not None and (re.search(r"[/\\\x00-\x1f]", self.file) or ".." in self.file):
+            raise ValueError(f"base file {self.file!r} is not a bare file name")
+        return self
+
+
+class Member(Model):
+    """One network of the checkpoint: the shared entries with its own overlays."""
+
+    name: MemberName = "main"
+    tensors: dict[TensorName, MemberTensor] = {}
+    scores: dict[TensorName, Digest] = {}  # popup scores, F32; payload ``scores``
+    head: HeadSpec | None = None
+    classes: tuple[Text, ...] | None = None
+    dataset: DatasetSpec | None = None
+    provenance: dict[Text, Any] = {}
+
+
+class Recipe(Model):
+    """A whole checkpoint without its payload bytes."""
+
+    format: Literal["randsurgery"] = "randsurgery"
+    version: Literal[0] = 0
+    model: ModelSpec | None = None  # None: the user's own module
+    input: InputSpec | None = None
+    tensors: dict[TensorName, Entry] = {}
+    members: Annotated[tuple[Member, ...], Field(min_length=1)] = (Member(),)
+    bases: dict[Text, BaseRef] = {}
+    backbone_id: Digest | None = None
+    notes: dict[str, Any] = {}
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Recipe:
+        names = [member.name for member in self.members]
+        if len(set(names)) != len(names):
+            raise ValueError("two members bear the same name")
+        for member in self.members:
+            strangers = set(member.tensors) - set(self.tensors)
+            if strangers and any(member.tensors[name].entry is None for name in strangers):
+                raise ValueError(f"member {member.name!r} overlays a tensor that does not exist")
+            unknown = set(member.scores) - set(self.tensors)
+            if unknown:
+                raise ValueError(f"member {member.name!r} has scores of no tensor")
+        for _, _, entry in self.entries():
+            if isinstance(entry.source, BaseSource) and entry.source.base not in self.bases:
+                raise ValueError(f"base {entry.source.base!r} is not declared")
+        return self
+
+    def entries(self) -> Iterator[tuple[str, str, Entry]]:
+        """(owner, tensor name, entry) of every entry, shared ones first."""
+        for name, entry in self.tensors.items():
+            yield SHARED, name, entry
+        for member in self.members:
+            for name, own in member.tensors.items():
+                if own.entry is not None:
+                    yield member.name, name, own.entry
+
+    def member(self, name: str | None = None) -> Member:
+        """The member of that name; the only one if ``name`` is None. Raises KeyError."""
+        if name is None and len(self.members) == 1:
+            return self.members[0]
+        return next(m for m in self.members if m.name == name)
+
+    def tensor_names(self, member: Member) -> list[str]:
+        """Names of the member's finished tensors, sorted."""
+        return sorted({*self.tensors, *member.tensors})
+
+    def resolved(self, member: Member, name: str) -> Entry:
+        """The whole sentence for one tensor of one member: shared overlays, then its own."""
+        own = member.tensors.get(name)
+        if own is None:
+            return self.tensors[name]
+        if own.entry is not None:
+            return own.entry
+        shared = self.tensors[name]
+        return shared.model_copy(
+            update={"overlays": shared.overlays + own.overlays, "digest": own.digest}
+        )
+
+    def with_member(self, member: Member) -> Recipe:
+        """A copy in which ``member`` takes the place of the member of the same name."""
+        members = tuple(member if m.name == member.name else m for m in self.members)
+        return self.model_copy(update={"members": members})
