@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,10 @@ def canonical_json(value: Any) -> bytes:
 
 
 def strict_json(text: str) -> Any:
-    """Parse JSON, refusing duplicate keys and NaN. Raises ValueError with the reason."""
+    """Parse JSON, refusing duplicate keys, NaN and numbers beyond float64.
+
+    Raises ValueError with the reason.
+    """
 
     def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
         result = dict(items)
@@ -35,8 +39,15 @@ def strict_json(text: str) -> Any:
     def constant(name: str) -> Any:
         raise ValueError(f"{name} is not JSON")
 
+    def number(digits: str) -> float:
+        if math.isinf(value := float(digits)):
+            raise ValueError(f"{digits[:40]} is beyond float64")
+        return value
+
     try:
-        return json.loads(text, object_pairs_hook=pairs, parse_constant=constant)
+        return json.loads(
+            text, object_pairs_hook=pairs, parse_constant=constant, parse_float=number
+        )
     except RecursionError:
         raise ValueError("nested too deeply") from None
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
+import numpy.typing as npt
 from pydantic import ValidationError
 
 from randsurgery.errors import FileFormatError, IncompatibleError, UsageError, near
@@ -21,10 +24,14 @@ from randsurgery.format.rebuild import (
     check_affordable,
     payload_name,
     read_mask,
+    read_payload,
     rebuild_tensor,
+    split_payload_name,
 )
 from randsurgery.format.recipe import (
+    FORMAT,
     SHARED,
+    VERSION,
     BaseSource,
     Entry,
     MaskOverlay,
@@ -39,7 +46,7 @@ from randsurgery.format.recipe import (
     SliceOverlay,
     StoredSource,
 )
-from randsurgery.format.tensors import RawTensor, byte_count
+from randsurgery.format.tensors import RawTensor, claimed_bytes
 
 METADATA_KEY = "randsurgery"
 T = TypeVar("T")
@@ -67,6 +74,7 @@ class Checkpoint:
     payloads: Payloads
     bases: Mapping[str, Payloads] = field(default_factory=dict)
     path: Path | None = None
+    opened: tuple[Container, ...] = ()  # files of bases, closed with this one
 
     def member(self, name: str | None = None) -> Member:
         """The member of that name, or the only one. Raises UsageError naming the members."""
@@ -82,6 +90,12 @@ class Checkpoint:
     def tensor(self, name: str, member: str | None = None) -> RawTensor:
         """One finished tensor, rebuilt from its sentence."""
         return self._rebuild(self.member(member), name)
+
+    def scores(self, name: str, member: str | None = None) -> npt.NDArray[np.float32]:
+        """The popup scores of one tensor, in its shape. Raises KeyError if none were kept."""
+        who = self.member(member)
+        slot, shape = payload_name(who.name, name, "scores"), self.recipe.resolved(who, name).shape
+        return read_payload(self.payloads, slot, who.scores[name], dtype="F32", shape=shape)
 
     def _rebuild(self, member: Member, name: str) -> RawTensor:
         return rebuild_tensor(self.recipe, member, name, self.payloads, self._base_tensor)
@@ -108,9 +122,11 @@ class Checkpoint:
         return dict(zip(names, rebuilt, strict=True))
 
     def close(self) -> None:
-        """Close the file, if there is one."""
+        """Close the file, if there is one, and the bases that were opened for it."""
         if isinstance(self.payloads, Container):
             self.payloads.__exit__()
+        for base in self.opened:
+            base.__exit__()
 
     def __enter__(self) -> Checkpoint:
         return self
@@ -130,7 +146,7 @@ def in_threads(
 def finished_bytes(recipe: Recipe, member: Member) -> int:
     """Bytes of all finished tensors of one member, from shapes alone."""
     entries = (recipe.resolved(member, name) for name in recipe.tensor_names(member))
-    return sum(byte_count(entry.dtype, entry.shape) for entry in entries)
+    return sum(claimed_bytes(entry.dtype, entry.shape) for entry in entries)
 
 
 def missing_base(recipe: Recipe, base: str) -> str:
@@ -156,36 +172,43 @@ def identity(names: Iterable[str], tensors: Payloads) -> str:
 # --- which payloads a recipe needs ---------------------------------------------------------------
 
 
-def _overlay_slots(index: int, overlay: Overlay) -> tuple[str, ...]:
-    if isinstance(overlay, MaskOverlay):
-        return (f"{index}.mask",)
-    if isinstance(overlay, ScatterOverlay):
-        return (f"{index}.mask", f"{index}.values")
-    if isinstance(overlay, SliceOverlay):
-        return (f"{index}.slice",)
-    return (f"{index}.tensor",) if isinstance(overlay, ReplaceOverlay) else ()
+def _overlay_slots(overlays: tuple[Overlay, ...]) -> Iterator[tuple[str, str]]:
+    for index, overlay in enumerate(overlays):
+        if isinstance(overlay, (MaskOverlay, ScatterOverlay)):
+            yield f"{index}.mask", overlay.digest
+        if isinstance(overlay, ScatterOverlay):
+            yield f"{index}.values", overlay.values_digest
+        if isinstance(overlay, SliceOverlay):
+            yield f"{index}.slice", overlay.digest
+        if isinstance(overlay, ReplaceOverlay):
+            yield f"{index}.tensor", overlay.digest
 
 
-def _entry_slots(entry: Entry) -> Iterator[str]:
+def _entry_slots(entry: Entry) -> Iterator[tuple[str, str]]:
     if isinstance(entry.source, (StoredSource, SignsSource)):
-        yield "source"
-    for index, overlay in enumerate(entry.overlays):
-        yield from _overlay_slots(index, overlay)
+        yield "source", entry.source.digest
+    yield from _overlay_slots(entry.overlays)
 
 
-def payload_names(recipe: Recipe, owner: str | None = None) -> Iterator[str]:
-    """The names of all payloads, or of those that ``owner`` ("shared" or a member) brings."""
+def payload_digests(recipe: Recipe, owner: str | None = None) -> Iterator[tuple[str, str]]:
+    """(name, digest) of all payloads, or of those that ``owner`` ("shared" or a member) brings."""
     for who, name, entry in recipe.entries():
         if owner in (None, who):
-            yield from (payload_name(who, name, slot) for slot in _entry_slots(entry))
+            for slot, expected in _entry_slots(entry):
+                yield payload_name(who, name, slot), expected
     for member in recipe.members:
         if owner not in (None, member.name):
             continue
         for name, own in member.tensors.items():
-            for index, overlay in enumerate(own.overlays):
-                for slot in _overlay_slots(index, overlay):
-                    yield payload_name(member.name, name, slot)
-        yield from (payload_name(member.name, name, "scores") for name in member.scores)
+            for slot, expected in _overlay_slots(own.overlays):
+                yield payload_name(member.name, name, slot), expected
+        for name, expected in member.scores.items():
+            yield payload_name(member.name, name, "scores"), expected
+
+
+def payload_names(recipe: Recipe, owner: str | None = None) -> Iterator[str]:
+    """The names of all payloads, or of those that ``owner`` ("shared" or a member) brings."""
+    return (name for name, _ in payload_digests(recipe, owner))
 
 
 # --- reading -------------------------------------------------------------------------------------
@@ -197,12 +220,14 @@ def parse_recipe(text: str, name: str) -> Recipe:
         value = strict_json(text)
     except ValueError as error:
         raise FileFormatError(f"{name}: the recipe is not valid JSON ({error})") from None
-    version = value.get("version", 0) if isinstance(value, dict) else None
-    if version != 0:
-        raise FileFormatError(f"{name}: format version {version!r}, this release reads 0")
+    if not isinstance(value, dict) or value.get("format") != FORMAT:
+        raise FileFormatError(f"{name}: the recipe is not a JSON object with format {FORMAT!r}")
+    version = value.get("version")
+    if type(version) is not int or version != VERSION:
+        raise FileFormatError(f"{name}: format version {version!r}, this release reads {VERSION}")
     try:
         # strict JSON mode: arrays become tuples, nothing else is converted
-        return Recipe.model_validate_json(canonical_json(value))
+        return Recipe.model_validate_json(text)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(str(part) for part in first["loc"])
@@ -242,36 +267,61 @@ def read_checkpoint(
             raise FileFormatError(f"{name}: payload {missing[0]!r} is missing")
         if foreign := sorted(set(container.infos) - needed):
             raise FileFormatError(f"{name}: tensor {foreign[0]!r} belongs to no part of the recipe")
-        bases = _find_bases(recipe, container.path, base) if need_bases else {}
-        return Checkpoint(recipe, container, bases, container.path)
+        with contextlib.ExitStack() as stack:
+            bases: dict[str, Payloads] = {}
+            opened: list[Container] = []
+            if need_bases:
+                bases, opened = _find_bases(recipe, container.path, base, stack)
+            stack.pop_all()
+        return Checkpoint(recipe, container, bases, container.path, tuple(opened))
     except BaseException:
         container.__exit__()
         raise
 
 
 def _find_bases(
-    recipe: Recipe, path: Path, given: Payloads | str | os.PathLike[str] | None
-) -> dict[str, Payloads]:
+    recipe: Recipe,
+    path: Path,
+    given: Payloads | str | os.PathLike[str] | None,
+    stack: contextlib.ExitStack,
+) -> tuple[dict[str, Payloads], list[Container]]:
+    """Each base by its id, and the files opened for them, which ``stack`` closes on failure."""
+    opened: list[Container] = []
+    known: dict[str | None, tuple[Payloads, str]] = {}  # by file name; None is the given one
+
+    def look(file: str | None, where: Payloads | str | os.PathLike[str]) -> tuple[Payloads, str]:
+        if file not in known:
+            if isinstance(where, (str, os.PathLike)):
+                where = stack.enter_context(Container(where))
+                opened.append(where)
+            known[file] = where, identity(_names(where), where)
+        return known[file]
+
     found: dict[str, Payloads] = {}
     for key, ref in recipe.bases.items():
-        tensors: Payloads
-        if given is not None:
-            tensors = Container(given) if isinstance(given, (str, os.PathLike)) else given
-        elif ref.file is not None and (path.parent / ref.file).is_file():
-            tensors = Container(path.parent / ref.file)
-        else:
+        candidates = [] if given is None else [look(None, given)]
+        beside = None if ref.file is None else path.parent / ref.file
+        wanting = ref.identity not in (actual for _, actual in candidates)
+        if wanting and beside is not None and os.path.isfile(beside):
+            candidates.append(look(ref.file, beside))
+        if not candidates:
             raise IncompatibleError(f"{path.name}: {missing_base(recipe, key)}")
-        names = (
-            tensors.infos if isinstance(tensors, Container) else getattr(tensors, "keys", dict)()
-        )
-        if (actual := identity(names, tensors)) != ref.identity:
+        fitting = [tensors for tensors, actual in candidates if actual == ref.identity]
+        if not fitting:
+            tensors, actual = candidates[0]
             where = tensors.path if isinstance(tensors, Container) else "the given base"
             raise IncompatibleError(
                 f"{where} is another base: its identity is {actual}, {path.name} was made on "
                 f"{ref.identity}" + (f" ({ref.origin})" if ref.origin else "")
             )
-        found[key] = tensors
-    return found
+        found[key] = fitting[0]
+    return found, opened
+
+
+def _names(tensors: Payloads) -> Iterable[str]:
+    if isinstance(tensors, Container):
+        return tensors.infos
+    return tensors.keys() if isinstance(tensors, Mapping) else ()
 
 
 # --- writing -------------------------------------------------------------------------------------
@@ -284,7 +334,7 @@ def backbone_id(recipe: Recipe, payloads: Payloads) -> str:
     for name, entry in sorted(recipe.tensors.items()):
         source = entry.source.to_json()
         if isinstance(entry.source, RandomSource):
-            source["stream"] = entry.source.stream or name
+            source["stream"] = name if entry.source.stream is None else entry.source.stream
         if isinstance(entry.source, BaseSource):
             source["base"] = recipe.bases[entry.source.base].identity
         overlays = []
@@ -313,9 +363,7 @@ def finish(checkpoint: Checkpoint) -> Checkpoint:
     members = tuple(_finish_member(checkpoint, member) for member in recipe.members)
     update: dict[str, Any] = {"tensors": tensors, "members": members}
     update["backbone_id"] = backbone_id(recipe, checkpoint.payloads)
-    return Checkpoint(
-        recipe.model_copy(update=update), checkpoint.payloads, checkpoint.bases, checkpoint.path
-    )
+    return replace(checkpoint, recipe=recipe.model_copy(update=update))
 
 
 def _finish_member(checkpoint: Checkpoint, member: Member) -> Member:
@@ -372,10 +420,10 @@ class Check:
 
 
 def verify(checkpoint: Checkpoint) -> list[Check]:
-    """Compare every digest of the file: payloads, finished tensors, scores, backbone id.
+    """Compare every digest of the file: finished tensors, payloads, backbone id.
 
-    Payload digests are compared while the tensors that need them are rebuilt. A tensor that fails
-    does not stop the others.
+    A tensor that fails does not stop the others. Payloads are compared on their own, too: one
+    that lies under a replacement takes no part in any finished tensor.
     """
     recipe = checkpoint.recipe
 
@@ -394,26 +442,32 @@ def verify(checkpoint: Checkpoint) -> list[Check]:
     ]
     for member in recipe.members:
         for name, own in member.tensors.items():
-            expected = own.digest if own.entry is None else own.entry.digest
+            wanted = own.digest if own.entry is None else own.entry.digest
             what = f"{member.name}/{name}"
-            work.append(functools.partial(check, member, name, expected, what))
-        for name, expected in member.scores.items():
-            slot = payload_name(member.name, name, "scores")
-            work.append(functools.partial(_check_scores, checkpoint, slot, expected))
+            work.append(functools.partial(check, member, name, wanted, what))
+    for slot, expected in payload_digests(recipe):
+        work.append(functools.partial(_check_payload, checkpoint, slot, expected))
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         checks = list(pool.map(lambda one: one(), work))
     return [*checks, _check_backbone(checkpoint)]
 
 
-def _check_scores(checkpoint: Checkpoint, slot: str, expected: str) -> Check:
-    found = digest(checkpoint.payloads.read(slot).array)
-    return Check(slot, found == expected, f"digest {found}, the recipe says {expected}")
+def _check_payload(checkpoint: Checkpoint, slot: str, expected: str) -> Check:
+    owner, name, last = split_payload_name(slot)
+    try:
+        if last == "scores":
+            checkpoint.scores(name, owner)
+        else:
+            read_payload(checkpoint.payloads, slot, expected)
+    except FileFormatError as error:
+        return Check(slot, False, str(error))
+    return Check(slot, True)
 
 
 def _check_backbone(checkpoint: Checkpoint) -> Check:
     try:
         found = backbone_id(checkpoint.recipe, checkpoint.payloads)
-    except FileFormatError as error:
+    except (FileFormatError, IncompatibleError) as error:
         return Check("backbone_id", False, str(error))
     ok = found == checkpoint.recipe.backbone_id
     return Check("backbone_id", ok, "" if ok else f"{found}, not {checkpoint.recipe.backbone_id}")

@@ -12,18 +12,20 @@ import contextlib
 import json
 import os
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from randsurgery.errors import FileFormatError, OutputError
 from randsurgery.format.canonical import strict_json
-from randsurgery.format.recipe import check_tensor_name
-from randsurgery.format.tensors import DTYPES, STORAGE, RawTensor, byte_count
+from randsurgery.format.recipe import MAX_PAYLOAD_NAME, check_tensor_name
+from randsurgery.format.tensors import DTYPES, STORAGE, RawTensor, byte_count, claimed_bytes
 
 MAX_HEADER = 100_000_000  # the safetensors library's own limit, in bytes
 MAX_BYTES = 1 << 40
@@ -50,11 +52,12 @@ class Container:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         try:
-            self._file: BinaryIO = self.path.open("rb")
+            self._file: BufferedReader = self.path.open("rb")
         except FileNotFoundError:
             raise FileFormatError(f"{self.path}: no such file") from None
         except OSError as error:
             raise FileFormatError(f"{self.path}: cannot be opened ({error.strerror})") from None
+        self._lock = threading.Lock()
         try:
             self.size = os.fstat(self._file.fileno()).st_size
             header, self._data = _read_header(self._file, self.size, self.path.name)
@@ -80,12 +83,14 @@ class Container:
         """The tensor's bytes, in memory of their own."""
         info = self.infos[name]
         array = np.empty(info.stop - info.start, dtype=np.uint8)
-        # pread, not seek and read: several threads rebuild from one open file
         done = 0
         while done < array.size:
-            part = os.preadv(
-                self._file.fileno(), [array[done:].data], self._data + info.start + done
-            )
+            try:
+                part = self._read_at(self._data + info.start + done, array[done:].data)
+            except OSError as error:
+                raise FileFormatError(
+                    f"{self.path.name}: cannot be read ({error.strerror})"
+                ) from None
             if part == 0:
                 raise FileFormatError(f"{self.path.name}: the file became shorter while read")
             done += part
@@ -93,8 +98,16 @@ class Container:
             raise FileFormatError(f"{self.path.name}: {name!r} has BOOL bytes other than 0 and 1")
         return RawTensor(info.dtype, array.view(STORAGE[info.dtype]).reshape(info.shape))
 
+    def _read_at(self, position: int, into: memoryview) -> int:
+        """Read some bytes at a position; several threads may rebuild from one open file."""
+        if hasattr(os, "preadv"):
+            return os.preadv(self._file.fileno(), [into], position)
+        with self._lock:
+            self._file.seek(position)
+            return self._file.readinto(into)
 
-def _read_header(file: BinaryIO, size: int, name: str) -> tuple[str, int]:
+
+def _read_header(file: BufferedReader, size: int, name: str) -> tuple[str, int]:
     if size < 8:
         raise FileFormatError(f"{name}: not a safetensors file ({size} bytes, at least 8 needed)")
     length = int.from_bytes(file.read(8), "little")
@@ -141,7 +154,7 @@ def _is_count(value: Any) -> bool:
 
 def _parse_info(key: str, value: Any, name: str) -> TensorInfo:
     try:
-        check_tensor_name(key)
+        check_tensor_name(key, MAX_PAYLOAD_NAME)
     except ValueError as error:
         raise FileFormatError(f"{name}: {error}") from None
     if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
@@ -155,8 +168,7 @@ def _parse_info(key: str, value: Any, name: str) -> TensorInfo:
         raise FileFormatError(f"{name}: the shape of {key!r} is not a list of counts")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_count, offsets)):
         raise FileFormatError(f"{name}: the data_offsets of {key!r} are not two counts")
-    # a zero elsewhere must not hide an absurd dimension, hence max(dim, 1)
-    if byte_count(dtype, [max(dim, 1) for dim in shape]) >= MAX_BYTES:
+    if claimed_bytes(dtype, shape) >= MAX_BYTES:
         raise FileFormatError(
             f"{name}: the shape {shape} of {key!r} is absurd (2^40 bytes or more)"
         )
@@ -179,7 +191,7 @@ def pack(tensors: Mapping[str, RawTensor], metadata: Mapping[str, str]) -> Itera
     position = 0
     for name in order:
         tensor = tensors[name]
-        header[check_tensor_name(name)] = {
+        header[check_tensor_name(name, MAX_PAYLOAD_NAME)] = {
             "dtype": tensor.dtype,
             "shape": list(tensor.shape),
             "data_offsets": [position, position + tensor.nbytes],

@@ -81,10 +81,13 @@ def normal_table() -> F32Array:
 
 
 @functools.lru_cache(maxsize=64)
-def _sign_table(scale: float) -> F32Array:
-    """Row b holds the eight signed values that byte b stands for, lowest bit first."""
+def _sign_table(scale: bytes) -> F32Array:
+    """Row b holds the eight signed values that byte b stands for, lowest bit first.
+
+    ``scale`` is the float32's bytes: as numbers, +0.0 and -0.0 would share one table.
+    """
     bits = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")
-    value = np.float32(scale)
+    value = np.frombuffer(scale, dtype=np.float32)[0]
     table: F32Array = np.where(bits == 1, value, -value).astype(np.float32)
     return table
 
@@ -94,7 +97,7 @@ def expand_signs(packed: npt.NDArray[np.uint8], scale: float, out: F32Array) -> 
 
     ``packed`` has shape (ceil(n / 8),), ``out`` shape (n,).
     """
-    table, whole = _sign_table(scale), out.size // 8
+    table, whole = _sign_table(np.float32(scale).tobytes()), out.size // 8
     np.take(table, packed[:whole], axis=0, out=out[: whole * 8].reshape(whole, 8), mode="clip")
     if whole * 8 < out.size:
         out[whole * 8 :] = table[packed[whole]][: out.size - whole * 8]

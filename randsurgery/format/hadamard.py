@@ -8,6 +8,8 @@ and Kronecker products of these.
 from __future__ import annotations
 
 import functools
+import math
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +18,8 @@ from randsurgery.errors import IncompatibleError
 from randsurgery.format.generator import BitStream
 
 I8Array = npt.NDArray[np.int8]
-MAX_ORDER = 1 << 15
+MAX_ORDER = 1 << 13
+"""Twice the widest classifier in use; a matrix of this order is 64 MiB while it is made."""
 
 
 def _is_prime(n: int) -> bool:
@@ -28,9 +31,9 @@ def _jacobsthal(q: int) -> I8Array:
     character = np.full(q, -1, dtype=np.int8)
     character[np.arange(1, q, dtype=np.int64) ** 2 % q] = 1
     character[0] = 0
-    index = np.arange(q)
-    matrix: I8Array = character[(index[:, None] - index[None, :]) % q]
-    return matrix
+    # row i is the window of length q that starts at q - 1 - i: no q x q table of indices
+    backwards = np.concatenate([character, character])[::-1]
+    return np.lib.stride_tricks.sliding_window_view(backwards, q)[:q][::-1]
 
 
 def _paley_one(q: int) -> I8Array:
@@ -49,32 +52,48 @@ def _paley_two(q: int) -> I8Array:
     return np.kron(conference, plus) + np.kron(eye, minus)
 
 
-@functools.lru_cache(maxsize=8)
-def _matrix(n: int) -> I8Array | None:
-    """A Hadamard matrix of order n, or None where the constructions do not reach."""
-    if n == 1:
-        return np.ones((1, 1), dtype=np.int8)
-    if n == 2:
-        return np.array([[1, 1], [1, -1]], dtype=np.int8)
+Plan = tuple[Literal["given", "paley 1", "paley 2", "kron"], int]
+
+
+@functools.cache
+def _plan(n: int) -> Plan | None:
+    """How order n is made, found without making it; None where the constructions do not reach."""
+    if n in (1, 2):
+        return ("given", n)
     if n % 4:
         return None
-    if n & (n - 1) and _is_prime(n - 1):  # n - 1 = 3 mod 4; powers of two are Sylvester's
-        return _paley_one(n - 1)
-    if n & (n - 1) and n % 8 == 4 and _is_prime(n // 2 - 1):  # n / 2 - 1 = 1 mod 4
-        return _paley_two(n // 2 - 1)
-    for factor in (2, *range(4, int(n**0.5) + 1, 4)):
-        if n % factor == 0 and (half := _matrix(n // factor)) is not None:
-            outer = _matrix(factor)
-            if outer is not None:
-                return np.kron(outer, half)
+    if n & (n - 1):  # powers of two are left to Sylvester's doubling, a Kronecker product
+        if _is_prime(n - 1):  # n - 1 = 3 mod 4
+            return ("paley 1", n - 1)
+        if n % 8 == 4 and _is_prime(n // 2 - 1):  # n / 2 - 1 = 1 mod 4
+            return ("paley 2", n // 2 - 1)
+    for factor in (2, *range(4, math.isqrt(n) + 1, 4)):
+        if n % factor == 0 and _plan(n // factor) is not None and _plan(factor) is not None:
+            return ("kron", factor)
     return None
+
+
+@functools.lru_cache(maxsize=2)
+def _matrix(n: int) -> I8Array:
+    """The Hadamard matrix of an order that ``_plan`` reaches."""
+    plan = _plan(n)
+    assert plan is not None
+    kind, number = plan
+    if kind == "paley 1":
+        return _paley_one(number)
+    if kind == "paley 2":
+        return _paley_two(number)
+    if kind == "kron":
+        return np.kron(_matrix(number), _matrix(n // number))
+    return np.array([[1]] if n == 1 else [[1, 1], [1, -1]], dtype=np.int8)
 
 
 def order_for(width: int) -> int:
     """The smallest order that the constructions reach and that is at least ``width``."""
     if not 1 <= width <= MAX_ORDER:
         raise IncompatibleError(f"a hadamard source has 1 to {MAX_ORDER} columns, not {width}")
-    return next(n for n in range(width, 2 * MAX_ORDER + 1) if _matrix(n) is not None)
+    # every power of two is reached, so the search ends at MAX_ORDER at the latest
+    return next(n for n in range(width, MAX_ORDER + 1) if _plan(n) is not None)
 
 
 def hadamard_rows(rows: int, columns: int) -> I8Array:
@@ -85,11 +104,13 @@ def hadamard_rows(rows: int, columns: int) -> I8Array:
     sign-flipped by the stream (seed 0, key "hadamard-t", role "head") for t = 1, 2, ...; a row
     that occurred before is left out.
     """
-    matrix = _matrix(order_for(columns))
-    assert matrix is not None
-    base = matrix[:, :columns]
+    base = _matrix(order_for(columns))[:, :columns]
+    if rows == 0:
+        return np.empty((0, columns), dtype=np.int8)
     found: dict[bytes, I8Array] = {}
-    for turn in range(4 + 4 * rows // base.shape[0]):
+    # columns < 64 keeps the power small; wider rows never run out
+    possible = columns >= 64 or rows <= 2**columns
+    for turn in range(4 + 4 * rows // base.shape[0] if possible else 0):
         flips = np.ones(columns, dtype=np.int8)
         if turn:
             packed = BitStream(0, f"hadamard-{turn}", "head").bytes(-(-columns // 8))

@@ -90,7 +90,8 @@ def _to_gaps(mask: Mask) -> U8Array:
 def _from_gaps(data: U8Array, size: int, count: int, name: str) -> U8Array:
     """The packed bits, after checking that the runs mark exactly what was promised."""
     of_ones = 2 * count <= size
-    steps = data.astype(np.int64 if size >= 2**31 else np.int32)
+    # hostile runs may reach far beyond size; their sum must not wrap around
+    steps = data.astype(np.int64 if ESCAPE * data.size >= 2**31 else np.int32)
     steps += data != ESCAPE
     np.cumsum(steps, out=steps)
     marked = steps[data != ESCAPE] - 1
@@ -135,6 +136,8 @@ def decode(
 
 def popcount(packed: U8Array) -> int:
     """The number of ones in packed bits."""
+    if not hasattr(np, "bitwise_count"):  # NumPy 1
+        return int.from_bytes(packed.tobytes(), "little").bit_count()
     whole = packed.size // 8 * 8
     total = int(np.bitwise_count(packed[:whole].view(np.uint64)).sum(dtype=np.int64))
     return total + int(np.bitwise_count(packed[whole:]).sum(dtype=np.int64))

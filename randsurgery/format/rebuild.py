@@ -41,7 +41,7 @@ from randsurgery.format.tensors import (
     STORAGE,
     RawTensor,
     as_words,
-    byte_count,
+    claimed_bytes,
     f32,
     from_f32,
     to_f32,
@@ -72,6 +72,13 @@ def payload_name(owner: str, tensor: str, slot: str) -> str:
     return f"{owner}/{tensor}/{slot}"
 
 
+def split_payload_name(name: str) -> tuple[str, str, str]:
+    """(owner, tensor, slot); a tensor's name may hold slashes, the other two may not."""
+    owner, _, rest = name.partition("/")
+    tensor, _, slot = rest.rpartition("/")
+    return owner, tensor, slot
+
+
 def check_affordable(total: int, what: str) -> None:
     """Refuse, before allocating, what cannot fit this machine's memory."""
     if total > _PHYSICAL:
@@ -81,20 +88,28 @@ def check_affordable(total: int, what: str) -> None:
 
 
 def read_payload(
-    payloads: Payloads, name: str, expected: str, *, dtype: str, shape: tuple[int, ...] | None
+    payloads: Payloads,
+    name: str,
+    expected: str,
+    *,
+    dtype: str | None = None,
+    shape: tuple[int, ...] | None = None,
 ) -> npt.NDArray[Any]:
-    """A payload whose dtype, shape and digest are as the recipe says. Raises FileFormatError."""
+    """A payload whose digest, dtype and shape (None: any) are as the recipe says.
+
+    Raises FileFormatError.
+    """
     try:
         tensor = payloads.read(name)
     except KeyError:
         raise FileFormatError(f"payload {name!r} is missing") from None
-    if tensor.dtype != dtype or (shape is not None and tensor.shape != shape):
-        wanted = f"{dtype} {list(shape) if shape is not None else '[any]'}"
+    if tensor.dtype != (dtype or tensor.dtype) or tensor.shape != (
+        tensor.shape if shape is None else shape
+    ):
+        wanted = f"{dtype or tensor.dtype} {'[any]' if shape is None else list(shape)}"
         raise FileFormatError(
             f"payload {name!r} is {tensor.dtype} {list(tensor.shape)}, the recipe needs {wanted}"
         )
-    if shape is None and len(tensor.shape) != 1:
-        raise FileFormatError(f"payload {name!r} has {len(tensor.shape)} dimensions, not 1")
     if (found := digest(tensor.array)) != expected:
         raise FileFormatError(
             f"payload {name!r} is corrupt (digest {found}, the recipe says {expected})"
@@ -106,7 +121,10 @@ def read_mask(
     payloads: Payloads, name: str, overlay: MaskOverlay | ScatterOverlay, size: int
 ) -> masks.Mask:
     """The mask of an overlay over a tensor of ``size`` elements."""
-    data = read_payload(payloads, name, overlay.digest, dtype="U8", shape=None)
+    check_affordable(size, name)  # a byte an element while it is decoded
+    data = read_payload(payloads, name, overlay.digest, dtype="U8")
+    if data.ndim != 1:
+        raise FileFormatError(f"payload {name!r} has {data.ndim} dimensions, not 1")
     return masks.decode(data.data, overlay.encoding, size, overlay.count, name)
 
 
@@ -128,14 +146,19 @@ def _constant(entry: Entry, source: ConstantSource, name: str) -> npt.NDArray[An
     value = float.fromhex(source.value)
     if entry.dtype.startswith("F8"):
         raise FileFormatError(f"{name}: a constant source cannot make {entry.dtype}")
+    storage = STORAGE[entry.dtype]
+    element: Any
     if entry.dtype == "BF16":
         element = from_f32("BF16", np.array([value], dtype=np.float32))[0]
         exact = float(to_f32("BF16", np.array([element], dtype="<u2"))[0]) == value
-    else:
-        with np.errstate(all="ignore"):
-            element = np.array(value).astype(STORAGE[entry.dtype])[()]
+    elif storage.kind == "f":
+        element = np.array(value).astype(storage)[()]
         exact = float(element) == value
-    if not exact or (entry.dtype == "BOOL" and value not in (0.0, 1.0)):
+    else:  # in exact integers: processors differ in casts that overflow
+        element = int(value)
+        top = 1 if entry.dtype == "BOOL" else int(np.iinfo(storage).max)
+        exact = element == value and int(np.iinfo(storage).min) <= element <= top
+    if not exact:
         raise FileFormatError(f"{name}: {source.value} is not a value of {entry.dtype}")
     # -0.0 == 0.0, so the sign of a zero needs no check: astype keeps it
     if value == 0.0 and not np.signbit(value):
@@ -190,6 +213,8 @@ def _scaled(
     _need_float(entry, name, "a scale overlay")
     factor = np.float32(_float32_of(overlay.factor, name))
     values = np.multiply(to_f32(entry.dtype, array), factor, dtype=np.float32)
+    values = np.asarray(values)  # NumPy makes a scalar of a product without dimensions
+    values[np.isnan(values)] = np.nan  # processors differ in a NaN's sign and payload
     return from_f32(entry.dtype, values).reshape(entry.shape)
 
 
@@ -270,8 +295,15 @@ def rebuild_tensor(
     Raises FileFormatError (a payload that is missing, misshapen or corrupt) or
     IncompatibleError (a base that does not fit, more memory than the machine has).
     """
+    with np.errstate(all="ignore"):  # overflow to infinity is the format's meaning, not a fault
+        return _rebuilt(recipe, member, name, payloads, bases)
+
+
+def _rebuilt(
+    recipe: Recipe, member: Member, name: str, payloads: Payloads, bases: BaseLookup
+) -> RawTensor:
     owner, entry, steps = sentence(recipe, member, name)
-    check_affordable(byte_count(entry.dtype, entry.shape), name)
+    check_affordable(claimed_bytes(entry.dtype, entry.shape), name)
     # what comes before a replacement leaves no trace, so it need not be made
     last = max(
         (i for i, (_, _, o) in enumerate(steps) if isinstance(o, ReplaceOverlay)), default=-1

@@ -12,6 +12,7 @@ Payload bytes live in safetensors tensors whose names follow from the place that
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
@@ -36,18 +37,27 @@ SHARED = "shared"
 
 
 def _checked_hex(text: str) -> str:
-    value = float.fromhex(text)
-    if value.hex() != text or value != value or value in (float("inf"), float("-inf")):
-        raise ValueError(f"{text!r} is not a canonical finite hexadecimal float")
+    try:
+        value = float.fromhex(text)
+    except (ValueError, OverflowError):
+        value = math.nan
+    if not math.isfinite(value) or value.hex() != text:
+        raise ValueError(f"{text[:60]!r} is not a canonical finite hexadecimal float")
     return text
 
 
-def check_tensor_name(name: str) -> str:
+MAX_NAME = 400
+MAX_PAYLOAD_NAME = 500  # MEMBER/TENSOR/SLOT: 64 + 1 + 400 + 1 + at most 20
+
+
+def check_tensor_name(name: str, limit: int = MAX_NAME) -> str:
     """A name that can be printed and can never be taken for a path. Raises ValueError."""
-    if not 1 <= len(name) <= 400 or not name.isprintable() or not name.isascii():
-        raise ValueError(f"{name!r} is not a tensor name: 1 to 400 printable ASCII characters")
+    if not 1 <= len(name) <= limit or not name.isprintable() or not name.isascii():
+        raise ValueError(
+            f"{name[:60]!r} is not a tensor name: 1 to {limit} printable ASCII characters"
+        )
     if name == "__metadata__" or name.startswith("/") or ".." in name or "\\" in name:
-        raise ValueError(f"{name!r} is not a tensor name: no '..', '\\', leading '/'")
+        raise ValueError(f"{name[:60]!r} is not a tensor name: no '..', '\\', leading '/'")
     return name
 
 
@@ -244,8 +254,8 @@ class HeadSpec(Model):
 class InputSpec(Model):
     """What the network expects to see: preprocessing of an image."""
 
-    size: tuple[int, int]  # height, width
-    channels: int
+    size: tuple[Count, Count]  # height, width
+    channels: Count
     mean: tuple[HexFloat, ...]  # a channel, for values in [0, 1]
     std: tuple[HexFloat, ...]
     interpolation: Literal["nearest", "bilinear", "bicubic"] = "bicubic"
@@ -270,7 +280,9 @@ class BaseRef(Model):
 
     @model_validator(mode="after")
     def _bare_name(self) -> BaseRef:
-        if self.file is not None and (re.search(r"[/\\\x00-\x1f]", self.file) or ".." in self.file):
+        if self.file is not None and (
+            re.search(r"[/\\:\x00-\x1f]", self.file) or ".." in self.file
+        ):
             raise ValueError(f"base file {self.file!r} is not a bare file name")
         return self
 
@@ -309,7 +321,7 @@ class Recipe(Model):
             strangers = set(member.tensors) - set(self.tensors)
             if strangers and any(member.tensors[name].entry is None for name in strangers):
                 raise ValueError(f"member {member.name!r} overlays a tensor that does not exist")
-            unknown = set(member.scores) - set(self.tensors)
+            unknown = set(member.scores) - set(self.tensors) - set(member.tensors)
             if unknown:
                 raise ValueError(f"member {member.name!r} has scores of no tensor")
         for _, _, entry in self.entries():

@@ -91,6 +91,11 @@ def byte_count(dtype: str, shape: tuple[int, ...] | list[int]) -> int:
     return element_count(shape) * STORAGE[dtype].itemsize
 
 
+def claimed_bytes(dtype: str, shape: tuple[int, ...] | list[int]) -> int:
+    """As ``byte_count``, but a dimension of 0 counts as 1, so that it hides no absurd neighbour."""
+    return byte_count(dtype, [max(dim, 1) for dim in shape])
+
+
 def as_words(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """The same memory as flat unsigned integers of the element's width."""
     return array.reshape(-1).view(np.dtype(f"<u{array.dtype.itemsize}"))
@@ -119,5 +124,6 @@ def hex_float(value: float) -> str:
 
 
 def f32(value: float) -> float:
-    """The float32 nearest to ``value``, as a Python float."""
-    return float(np.float32(value))
+    """The float32 nearest to ``value``, as a Python float; infinite beyond float32's range."""
+    with np.errstate(over="ignore"):
+        return float(np.float32(value))

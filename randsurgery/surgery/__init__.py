@@ -1,0 +1,12 @@
+"""Work on nn.Module: no command line, no printing, no files but base checkpoints.
+
+zoo            the papers' architectures, entered in timm's registry
+architectures  registry names and arguments -> modules, checked before anything is allocated
+roles          what each tensor of a module is; patterns that select modules
+initialisers   the papers' weight distributions -> random sources
+bases          dense checkpoints to build on (.safetensors, .pth)
+recipes        module -> recipe
+threshold      the exact top-k selection of edge-popup
+popup          edge-popup: attach scores, harvest masks
+modules        recipe -> module, module -> recipe
+"""

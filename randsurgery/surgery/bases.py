@@ -1,0 +1,80 @@
+"""Dense checkpoints to build on: .safetensors, and .pth with tensors and plain values only."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from randsurgery.errors import FileFormatError
+from randsurgery.format.checkpoint import Memory, identity
+from randsurgery.format.container import Container
+from randsurgery.format.rebuild import Payloads
+from randsurgery.surgery.tensors import from_torch
+
+_STATE_KEYS = ("state_dict_ema", "model_ema", "ema", "state_dict", "model")
+"""Where training programs put the weights, averaged ones first, as timm looks for them."""
+
+
+@dataclass(frozen=True)
+class Base:
+    """A dense checkpoint: its tensors by name, their identity, and where it came from."""
+
+    tensors: Payloads
+    names: tuple[str, ...]
+    identity: str
+    file: str | None
+    origin: str | None = None
+    revision: str | None = None
+
+
+def read_base(path: str | os.PathLike[str]) -> Base:
+    """Open a dense checkpoint. Raises FileFormatError."""
+    file = Path(path)
+    tensors: Payloads
+    if file.suffix == ".safetensors":
+        tensors = Container(file)
+        names = tuple(sorted(tensors.infos))
+    else:
+        memory = Memory({k: from_torch(v, k) for k, v in _read_pickle(file).items()})
+        tensors, names = memory, tuple(sorted(memory))
+    if not names:
+        raise FileFormatError(f"{file.name}: holds no tensor")
+    return Base(tensors, names, identity(names, tensors), file.name)
+
+
+def base_tensors(path: str | os.PathLike[str]) -> Payloads:
+    """What ``read_checkpoint(base=...)`` takes: tensors of a .safetensors or .pth file."""
+    return read_base(path).tensors
+
+
+def _read_pickle(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        found: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise FileFormatError(f"{path}: no such file") from None
+    except pickle.UnpicklingError:
+        raise FileFormatError(
+            f"{path.name}: holds more than tensors and plain values, so it is not opened; "
+            "save its state dict alone: torch.save(model.state_dict(), ...)"
+        ) from None
+    except Exception as error:  # truncated archives, foreign files
+        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else repr(error)
+        raise FileFormatError(f"{path.name}: not a checkpoint torch can read ({reason})") from None
+    if isinstance(found, dict):
+        for key in _STATE_KEYS:
+            if isinstance(found.get(key), dict):
+                found = found[key]
+                break
+    tensors = (
+        {str(k): v for k, v in found.items() if isinstance(v, torch.Tensor)}
+        if isinstance(found, dict)
+        else {}
+    )
+    if not tensors:
+        raise FileFormatError(f"{path.name}: holds no state dict, expected names with tensors")
+    return tensors

@@ -1,0 +1,198 @@
+"""A module's tensors -> a recipe that regenerates them from a seed, or refers to a base."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from fractions import Fraction
+
+import numpy as np
+import torch
+from torch import nn
+
+from randsurgery.errors import IncompatibleError, near
+from randsurgery.format.canonical import digest
+from randsurgery.format.checkpoint import Checkpoint, Memory
+from randsurgery.format.rebuild import payload_name
+from randsurgery.format.recipe import (
+    SHARED,
+    BaseRef,
+    BaseSource,
+    ConstantSource,
+    Entry,
+    HeadSpec,
+    Member,
+    ModelSpec,
+    Recipe,
+    Source,
+    StoredSource,
+)
+from randsurgery.format.tensors import RawTensor, as_words, hex_float, to_f32
+from randsurgery.surgery.architectures import (
+    ArgValue,
+    build_initialised,
+    build_meta,
+    classifier_name,
+    spec_of,
+)
+from randsurgery.surgery.bases import Base
+from randsurgery.surgery.initialisers import Init, random_source
+from randsurgery.surgery.roles import Role, TensorRole, tensor_roles
+from randsurgery.surgery.tensors import dtype_name, from_torch
+
+# Norm-free start values: with frozen norms a zero-initialised scale would silence its branch.
+CONSTANTS: dict[Role, float] = {
+    "bias": 0.0,
+    "norm scale": 1.0,
+    "norm shift": 0.0,
+    "layer scale": 1.0,
+    "running mean": 0.0,
+    "running var": 1.0,
+    "batch count": 0.0,
+}
+
+
+def planned_source(role: TensorRole, init: Init, seed: int, k: Fraction | None) -> Source | None:
+    """The source a random network has at that role; None if the value must be stored."""
+    if role.role == "weight":
+        return random_source(init, role.fan_in, role.fan_out, seed, k)
+    if role.role in CONSTANTS:
+        return ConstantSource(value=hex_float(CONSTANTS[role.role]))
+    return None
+
+
+def constant_source(raw: RawTensor) -> ConstantSource | None:
+    """A constant source if the tensor repeats one value it can stand for, else None."""
+    words = as_words(raw.array)
+    if not words.size or raw.dtype in ("F8_E4M3", "F8_E5M2") or (words != words[0]).any():
+        return None
+    first = raw.array.reshape(-1)[:1]
+    value = float(to_f32("BF16", first)[0]) if raw.dtype == "BF16" else float(first[0])
+    if not np.isfinite(value) or (raw.dtype[0] in "IU" and int(first[0]) != int(value)):
+        return None
+    return ConstantSource(value=hex_float(value))
+
+
+def stored_entry(raw: RawTensor, slot: str, payloads: Memory) -> Entry:
+    """An entry that holds a copy of the tensor: a constant if it is one, else payload ``slot``."""
+    source: Source | None = constant_source(raw)
+    if source is None:
+        payloads[slot] = RawTensor(raw.dtype, raw.array.copy())
+        source = StoredSource(digest=digest(raw.array))
+    return Entry(dtype=raw.dtype, shape=raw.shape, source=source)  # type: ignore[arg-type]
+
+
+def head_of(model: nn.Module, state: Mapping[str, torch.Tensor]) -> HeadSpec | None:
+    """The classifier's name and number of classes, None if the model has none."""
+    name = classifier_name(model)
+    weight = state.get(f"{name}.weight")
+    return HeadSpec(name=name, classes=weight.shape[0]) if name and weight is not None else None
+
+
+def make_recipe(
+    model: str | nn.Module,
+    init: Init = "signed-constant",
+    *,
+    seed: int = 0,
+    scaled_for: Fraction | None = None,
+    args: Mapping[str, ArgValue] | None = None,
+) -> Checkpoint:
+    """A random network as a recipe.
+
+    ``model`` is a timm name, built with ``args``, or any nn.Module (its own values are not kept
+    for weights, norms and biases). Weights of convolutions and linear layers become random
+    sources; norm scales and layer scales 1; norm shifts and biases 0; what is left (position
+    embeddings, class tokens) keeps the values of the architecture's own initialiser, as a constant
+    if it is one, else stored. ``scaled_for`` is k for the papers' scaled distributions.
+    """
+    spec = spec_of(model, dict(args or {})) if isinstance(model, str) else None
+    shell = build_meta(spec) if spec is not None else model
+    assert isinstance(shell, nn.Module)
+    state = shell.state_dict()
+    roles = tensor_roles(shell)
+    sources = {name: planned_source(roles[name], init, seed, scaled_for) for name in state}
+    if spec is not None and any(source is None for source in sources.values()):
+        values = build_initialised(spec, seed).state_dict()
+    else:
+        values = state
+    payloads = Memory()
+    entries: dict[str, Entry] = {}
+    for name, tensor in state.items():
+        source = sources[name]
+        dtype = dtype_name(tensor.dtype, name)
+        if source is None:
+            slot = payload_name(SHARED, name, "source")
+            entries[name] = stored_entry(from_torch(values[name], name), slot, payloads)
+        else:
+            shape = tuple(tensor.shape)
+            entries[name] = Entry(dtype=dtype, shape=shape, source=source)  # type: ignore[arg-type]
+    return _assemble(spec, entries, payloads, shell, state)
+
+
+def _assemble(
+    spec: ModelSpec | None,
+    entries: dict[str, Entry],
+    payloads: Memory,
+    shell: nn.Module,
+    state: Mapping[str, torch.Tensor],
+    bases: dict[str, Base] | None = None,
+) -> Checkpoint:
+    refs = {
+        key: BaseRef(identity=b.identity, file=b.file, origin=b.origin, revision=b.revision)
+        for key, b in (bases or {}).items()
+    }
+    recipe = Recipe(
+        model=spec,
+        tensors=dict(sorted(entries.items())),
+        members=(Member(head=head_of(shell, state)),),
+        bases=refs,
+    )
+    return Checkpoint(recipe, payloads, {key: b.tensors for key, b in (bases or {}).items()})
+
+
+def make_recipe_on_base(
+    name: str,
+    base: Base,
+    init: Init = "signed-constant",
+    *,
+    seed: int = 0,
+    scaled_for: Fraction | None = None,
+    args: Mapping[str, ArgValue] | None = None,
+) -> Checkpoint:
+    """A network whose tensors refer to a dense checkpoint.
+
+    A classifier of another number of classes is drawn from the seed instead. Raises
+    IncompatibleError, both ways: a tensor of the architecture that the base lacks or has in
+    another shape, a tensor of the base that the architecture lacks.
+    """
+    spec = spec_of(name, dict(args or {}))
+    shell = build_meta(spec)
+    state, roles = shell.state_dict(), tensor_roles(shell)
+    head = classifier_name(shell)
+    prefix = "module." if all(n.startswith("module.") for n in base.names) else ""
+    unused = {n.removeprefix(prefix) for n in base.names} - set(state)
+    if unused:
+        first = min(unused)
+        raise IncompatibleError(
+            f"{base.file or base.origin}: tensor {first!r} is not one of {name}"
+            + near(first, state)
+        )
+    entries: dict[str, Entry] = {}
+    for tensor_name, tensor in state.items():
+        shape = tuple(tensor.shape)
+        dtype = dtype_name(tensor.dtype, tensor_name)
+        source: Source | None = BaseSource(base="base", tensor=prefix + tensor_name)
+        if prefix + tensor_name not in base.names:
+            raise IncompatibleError(f"{base.file or base.origin}: lacks {tensor_name!r} of {name}")
+        found = base.tensors.read(prefix + tensor_name)
+        if found.shape != shape and head and tensor_name.startswith(head + "."):
+            source = planned_source(roles[tensor_name], init, seed, scaled_for)
+        elif found.shape != shape:
+            raise IncompatibleError(
+                f"{base.file or base.origin}: {tensor_name!r} is {list(found.shape)}, "
+                f"{name} needs {list(shape)}"
+            )
+        else:
+            dtype = found.dtype
+        assert source is not None
+        entries[tensor_name] = Entry(dtype=dtype, shape=shape, source=source)  # type: ignore[arg-type]
+    return _assemble(spec, entries, Memory(), shell, state, {"base": base})

@@ -1,0 +1,53 @@
+"""torch tensors <-> raw tensors of the format, without copying where memory allows."""
+
+from __future__ import annotations
+
+import torch
+
+from randsurgery.errors import IncompatibleError
+from randsurgery.format.tensors import STORAGE, RawTensor
+
+TORCH: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+NAMES = {dtype: name for name, dtype in TORCH.items()}
+
+_VIA = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def dtype_name(dtype: torch.dtype, what: str) -> str:
+    """The format's name of a torch dtype. Raises IncompatibleError for complex and quantised."""
+    if dtype not in NAMES:
+        raise IncompatibleError(f"{what} has dtype {dtype}, which the format cannot hold")
+    return NAMES[dtype]
+
+
+def to_torch(raw: RawTensor) -> torch.Tensor:
+    """The tensor on the CPU, sharing memory with ``raw`` unless that is read-only."""
+    array = raw.array if raw.array.flags.writeable else raw.array.copy()
+    words = array.reshape(-1).view(
+        f"<i{array.dtype.itemsize}" if array.dtype.itemsize > 1 else "u1"
+    )
+    return torch.from_numpy(words).view(TORCH[raw.dtype]).reshape(raw.shape)
+
+
+def from_torch(tensor: torch.Tensor, what: str = "tensor") -> RawTensor:
+    """The raw tensor of a torch tensor, sharing memory if that is contiguous and on the CPU."""
+    name = dtype_name(tensor.dtype, what)
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    words = flat.view(_VIA[tensor.element_size()]).numpy()
+    return RawTensor(name, words.view(STORAGE[name]).reshape(tuple(tensor.shape)))
