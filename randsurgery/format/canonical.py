@@ -33,7 +33,7 @@ def strict_json(text: str) -> Any:
         if len(result) != len(items):
             keys = [key for key, _ in items]
             twice = next(key for key in keys if keys.count(key) > 1)
-            raise ValueError(f"duplicate key {twice!r}")
+            raise ValueError(f"duplicate key {twice[:60]!r}")
         return result
 
     def constant(name: str) -> Any:

@@ -172,7 +172,14 @@ def identity(names: Iterable[str], tensors: Payloads) -> str:
 # --- which payloads a recipe needs ---------------------------------------------------------------
 
 
-def _overlay_slots(overlays: tuple[Overlay, ...]) -> Iterator[tuple[str, str]]:
+def step_payloads(name: str, owner: str, index: int, overlay: Overlay) -> list[str]:
+    """The payload names of one step of a tensor's sentence."""
+    slots = (slot.partition(".")[2] for slot, _ in overlay_slots((overlay,)))
+    return [payload_name(owner, name, f"{index}.{slot}") for slot in slots]
+
+
+def overlay_slots(overlays: tuple[Overlay, ...]) -> Iterator[tuple[str, str]]:
+    """(slot, digest) of every payload that one owner's overlays of a tensor need."""
     for index, overlay in enumerate(overlays):
         if isinstance(overlay, (MaskOverlay, ScatterOverlay)):
             yield f"{index}.mask", overlay.digest
@@ -187,7 +194,7 @@ def _overlay_slots(overlays: tuple[Overlay, ...]) -> Iterator[tuple[str, str]]:
 def _entry_slots(entry: Entry) -> Iterator[tuple[str, str]]:
     if isinstance(entry.source, (StoredSource, SignsSource)):
         yield "source", entry.source.digest
-    yield from _overlay_slots(entry.overlays)
+    yield from overlay_slots(entry.overlays)
 
 
 def payload_digests(recipe: Recipe, owner: str | None = None) -> Iterator[tuple[str, str]]:
@@ -200,7 +207,7 @@ def payload_digests(recipe: Recipe, owner: str | None = None) -> Iterator[tuple[
         if owner not in (None, member.name):
             continue
         for name, own in member.tensors.items():
-            for slot, expected in _overlay_slots(own.overlays):
+            for slot, expected in overlay_slots(own.overlays):
                 yield payload_name(member.name, name, slot), expected
         for name, expected in member.scores.items():
             yield payload_name(member.name, name, "scores"), expected

@@ -149,7 +149,7 @@ def _parse_header(
 
 
 def _is_count(value: Any) -> bool:
-    return type(value) is int and value >= 0
+    return type(value) is int and 0 <= value < 1 << 63
 
 
 def _parse_info(key: str, value: Any, name: str) -> TensorInfo:
@@ -162,7 +162,7 @@ def _parse_info(key: str, value: Any, name: str) -> TensorInfo:
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if dtype not in DTYPES:
         raise FileFormatError(
-            f"{name}: {key!r} has dtype {dtype!r}, not one of {', '.join(DTYPES)}"
+            f"{name}: {key!r} has dtype {str(dtype)[:60]!r}, not one of {', '.join(DTYPES)}"
         )
     if not isinstance(shape, list) or len(shape) > 16 or not all(map(_is_count, shape)):
         raise FileFormatError(f"{name}: the shape of {key!r} is not a list of counts")

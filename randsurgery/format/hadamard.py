@@ -19,7 +19,7 @@ from randsurgery.format.generator import BitStream
 
 I8Array = npt.NDArray[np.int8]
 MAX_ORDER = 1 << 13
-"""Twice the widest classifier in use; a matrix of this order is 64 MiB while it is made."""
+"""As wide as the widest classifiers in use; a matrix of this order takes 64 MiB."""
 
 
 def _is_prime(n: int) -> bool:

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 
-from randsurgery.errors import FileFormatError
+from randsurgery.errors import FileFormatError, IncompatibleError
 from randsurgery.format.checkpoint import Memory, identity
 from randsurgery.format.container import Container
 from randsurgery.format.rebuild import Payloads
@@ -47,9 +48,24 @@ def read_base(path: str | os.PathLike[str]) -> Base:
     return Base(tensors, names, identity(names, tensors), file.name)
 
 
-def base_tensors(path: str | os.PathLike[str]) -> Payloads:
-    """What ``read_checkpoint(base=...)`` takes: tensors of a .safetensors or .pth file."""
-    return read_base(path).tensors
+def pretrained_base(name: str) -> Base:
+    """timm's pretrained weights, downloaded through timm and kept in memory.
+
+    ``name`` may carry timm's tag (``resnet18.a1_in1k``). Raises IncompatibleError if there are no
+    weights or they cannot be fetched.
+    """
+    try:
+        model = timm.create_model(name, pretrained=True)
+    except Exception as error:  # network, hub, unknown tag
+        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else repr(error)
+        raise IncompatibleError(f"{name}: pretrained weights cannot be had ({reason})") from None
+    cfg = model.pretrained_cfg
+    tensors = Memory({k: from_torch(v, k) for k, v in model.state_dict().items()})
+    names = tuple(sorted(tensors))
+    stem = ".".join(part for part in (cfg.get("architecture"), cfg.get("tag")) if part)
+    origin = f"hf-hub:{cfg['hf_hub_id']}" if cfg.get("hf_hub_id") else cfg.get("url") or name
+    file = f"{stem or name}.base.safetensors"
+    return Base(tensors, names, identity(names, tensors), file, origin)
 
 
 def _read_pickle(path: Path) -> dict[str, torch.Tensor]:

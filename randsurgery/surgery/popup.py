@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -28,6 +28,8 @@ from randsurgery.surgery.roles import (
 )
 from randsurgery.surgery.threshold import Bracket, select
 
+MaskKind = Literal["learned", "random"]
+
 
 @dataclass(frozen=True)
 class Popup:
@@ -44,12 +46,21 @@ class Popup:
     seed: int = 0
     skip: tuple[str, ...] = ()
     learn: tuple[str, ...] = ()
-    mask: Literal["learned", "random"] = "learned"
+    mask: MaskKind = "learned"
 
     @property
     def share(self) -> Fraction:
         """``k`` as an exact number. Raises UsageError outside (0, 1]."""
         return parse_fraction(self.k, "k")
+
+
+def check_mask_kind(name: str) -> MaskKind:
+    """``learned`` or ``random``. Raises UsageError."""
+    for kind in get_args(MaskKind):
+        if kind == name:
+            checked: MaskKind = kind
+            return checked
+    raise UsageError(f"unknown --mask {name!r}, expected learned or random")
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -143,6 +154,29 @@ def attached(model: nn.Module) -> dict[str, PopupScores]:
     return {layer.tensor_name: layer for layer in model.modules() if isinstance(layer, PopupScores)}
 
 
+Target = tuple[str, nn.Module, str]
+
+
+def resolve(model: nn.Module, popup: Popup) -> tuple[list[Target], set[str]]:
+    """What ``attach`` will mask, as (module name, module, parameter), and the modules that are
+    learned beside. Touches nothing, so a module on meta will do. Raises as ``attach`` does."""
+    _ = popup.share
+    if attached(model):
+        raise UsageError("the module has popup scores already")
+    left_out = select_modules(model, (*popup.skip, *popup.learn))
+    learned = select_modules(model, popup.learn)
+    targets = [t for t in masked_weights(model) if t[0] not in left_out]
+    if not targets:
+        raise UsageError("no convolution or linear layer is left to mask")
+    for name, module, _leaf in targets:
+        if isinstance(module, STANDARDISED):
+            raise IncompatibleError(
+                f"{name} standardises its weight ({type(module).__name__}), which leaves no zeros "
+                "of a mask; choose another architecture, or --skip such layers"
+            )
+    return targets, learned
+
+
 def attach(model: nn.Module, popup: Popup) -> nn.Module:
     """Give every convolution and linear weight a score; freeze everything else. In place.
 
@@ -153,19 +187,7 @@ def attach(model: nn.Module, popup: Popup) -> nn.Module:
     convolution).
     """
     share = popup.share
-    if attached(model):
-        raise UsageError("the module has popup scores already")
-    left_out = select_modules(model, (*popup.skip, *popup.learn))
-    learned = select_modules(model, popup.learn)
-    targets = [t for t in masked_weights(model) if t[0] not in left_out]
-    if not targets:
-        raise UsageError("no convolution or linear layer is left to mask")
-    for name, module, _ in targets:
-        if isinstance(module, STANDARDISED):
-            raise IncompatibleError(
-                f"{name} standardises its weight ({type(module).__name__}), which leaves no zeros "
-                "of a mask; choose another architecture, or --skip such layers"
-            )
+    targets, learned = resolve(model, popup)
     roles = tensor_roles(model)
     for parameter in model.parameters():
         parameter.requires_grad_(False)

@@ -1,0 +1,52 @@
+"""The program: its commands, and how it ends."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from randsurgery._version import __version__
+from randsurgery.cli import evaluate, export, init, inspect, popup
+
+EXIT_CODES = (
+    "Exit codes: 0 done; 1 differences found; 2 usage; 3 unreadable or corrupt file; "
+    "4 incompatible parts; 5 data; 6 disk or permission; 7 diverged; 130 interrupted."
+)
+
+app = typer.Typer(
+    name="randsurgery",
+    help="A network is a seed plus a few bits: surgery on random and pretrained checkpoints.",
+    epilog=EXIT_CODES,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(f"randsurgery {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _program(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="Show the version."),
+    ] = False,
+) -> None:
+    pass
+
+
+app.command("init")(init.init)
+app.command("popup")(popup.popup)
+app.command("eval")(evaluate.evaluate)
+app.command("export")(export.export)
+app.add_typer(inspect.app, name="inspect")
+
+
+def main() -> None:
+    """Run the command line."""
+    app()

@@ -1,0 +1,271 @@
+"""What every command shares: errors to exit codes, output, configuration files, option types."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Any, TypeVar
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from randsurgery.errors import RandsurgeryError, UsageError, near
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+INTERRUPTED = 130
+
+
+@dataclass
+class Verbosity:
+    """-q sets it to 0 (errors only), -v to 2; 1 otherwise."""
+
+    level: int = 1
+
+
+verbosity = Verbosity()
+
+
+def out() -> Console:
+    """Data: stdout. Plain in a pipe; names from files are never read as markup."""
+    return Console(markup=False, highlight=False, emoji=False, soft_wrap=not sys.stdout.isatty())
+
+
+def err() -> Console:
+    """Messages: stderr."""
+    return Console(
+        stderr=True, markup=False, highlight=False, emoji=False, soft_wrap=not sys.stderr.isatty()
+    )
+
+
+def note(message: str) -> None:
+    """A message for people, on stderr; silent with -q."""
+    if verbosity.level >= 1:
+        err().print(Text(message))
+
+
+def clean(text: str) -> str:
+    """Text from a file or dataset, control characters escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def print_json(value: Any) -> None:
+    """One JSON object on stdout."""
+    sys.stdout.write(json.dumps(value, indent=2) + "\n")
+
+
+def size(count: float) -> str:
+    """Bytes for people: 2.92 MB (decimal)."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(count) < 1000 or unit == "GB":
+            return f"{count:,.0f} B" if unit == "B" else f"{count:,.2f} {unit}"
+        count /= 1000
+    raise AssertionError
+
+
+def command(function: F) -> F:
+    """Turn errors into one line on stderr and their exit code."""
+
+    @functools.wraps(function)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return function(*args, **kwargs)
+        except RandsurgeryError as error:
+            err().print(Text(f"error: {clean(str(error))}"))
+            raise typer.Exit(error.exit_code) from None
+        except KeyboardInterrupt:
+            err().print(Text("interrupted; nothing was written"))
+            raise typer.Exit(INTERRUPTED) from None
+        except BrokenPipeError:
+            # the reader has gone; keep the interpreter from complaining when it flushes
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(0) from None
+
+    return wrapped  # type: ignore[return-value]
+
+
+def _set_quiet(value: bool) -> None:
+    if value:
+        verbosity.level = 0
+
+
+def _set_verbose(value: bool) -> None:
+    if value:
+        verbosity.level = 2
+
+
+def _load_config(context: typer.Context, path: str | None) -> str | None:
+    """Make a YAML file's values the command's defaults; the command line wins."""
+    if path is None:
+        return None
+    import yaml
+
+    try:
+        with open(path, encoding="utf-8") as file:
+            values = yaml.safe_load(file) or {}
+    except OSError as error:
+        raise typer.BadParameter(f"{path} cannot be read ({error.strerror})") from None
+    except yaml.YAMLError as error:
+        raise typer.BadParameter(f"{path} is not YAML ({str(error).splitlines()[0]})") from None
+    if not isinstance(values, dict):
+        raise typer.BadParameter(f"{path} must hold option names with values")
+    known = {p.name: p for p in context.command.params if p.name}
+    defaults: dict[str, Any] = {}
+    for key, value in values.items():
+        name = str(key).lstrip("-").replace("-", "_")
+        name = {"wd": "weight_decay"}.get(name, name)
+        if name not in known:
+            hint = near(name, known)
+            raise typer.BadParameter(f"{path} has unknown option {str(key)!r}{hint}")
+        defaults[name] = str(value) if isinstance(value, float) else value
+    context.default_map = {**(context.default_map or {}), **defaults}
+    return path
+
+
+def parse_pairs(items: list[str], what: str) -> dict[str, bool | int | float | str | None]:
+    """``key=value`` options; values as YAML reads them. Raises UsageError."""
+    import yaml
+
+    found: dict[str, bool | int | float | str | None] = {}
+    for item in items:
+        key, equals, value = item.partition("=")
+        if not equals or not key:
+            raise UsageError(f"{what} must be KEY=VALUE, found {item!r}")
+        found[key] = yaml.safe_load(value)
+    return found
+
+
+# --- options -------------------------------------------------------------------------------------
+
+TRAINING, DATA, OUTPUT, MODEL = "Training", "Data", "Output", "Model"
+
+Quiet = Annotated[
+    bool,
+    typer.Option("-q", "--quiet", help="Errors only.", callback=_set_quiet, rich_help_panel=OUTPUT),
+]
+Verbose = Annotated[
+    bool,
+    typer.Option(
+        "-v", "--verbose", help="More detail.", callback=_set_verbose, rich_help_panel=OUTPUT
+    ),
+]
+Config = Annotated[
+    str | None,
+    typer.Option(
+        "-c",
+        "--config",
+        metavar="FILE.yaml",
+        is_eager=True,
+        callback=_load_config,
+        help="Option values as defaults; the command line wins.",
+        rich_help_panel=OUTPUT,
+    ),
+]
+Json = Annotated[
+    bool, typer.Option("--json", help="One JSON object on stdout.", rich_help_panel=OUTPUT)
+]
+Force = Annotated[
+    bool, typer.Option("--force", help="Overwrite an existing file.", rich_help_panel=OUTPUT)
+]
+Output = Annotated[
+    str | None,
+    typer.Option("-o", "--output", metavar="FILE", help="File to write.", rich_help_panel=OUTPUT),
+]
+DryRun = Annotated[
+    bool,
+    typer.Option("--dry-run", help="Check and show, write nothing.", rich_help_panel=OUTPUT),
+]
+Device = Annotated[
+    str, typer.Option(help="auto, cpu, cuda, cuda:N, mps.", rich_help_panel=TRAINING)
+]
+InitOption = Annotated[
+    str,
+    typer.Option(
+        "--init",
+        metavar="NAME",
+        help="signed-constant, kaiming-normal, kaiming-uniform, xavier-normal, xavier-uniform "
+        "or xavier-constant.",
+        rich_help_panel=MODEL,
+    ),
+]
+Pretrained = Annotated[
+    bool,
+    typer.Option("--pretrained", help="Start from timm's weights.", rich_help_panel=MODEL),
+]
+CheckpointOption = Annotated[
+    str | None,
+    typer.Option(
+        "--checkpoint",
+        metavar="FILE",
+        help="Start from dense weights (.safetensors, .pth).",
+        rich_help_panel=MODEL,
+    ),
+]
+BaseOption = Annotated[
+    str | None,
+    typer.Option(
+        "--base",
+        metavar="FILE",
+        help="The base checkpoint a file builds on, if it does not lie beside it.",
+        rich_help_panel=MODEL,
+    ),
+]
+Width = Annotated[
+    float | None,
+    typer.Option(help="Width multiplier of conv2 .. conv8.", rich_help_panel=MODEL),
+]
+ModelArgs = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--model-kwargs",
+        metavar="KEY=VALUE",
+        help="Model argument, repeatable.",
+        rich_help_panel=MODEL,
+    ),
+]
+NumClasses = Annotated[
+    int | None, typer.Option("--num-classes", min=1, help="Classes.", rich_help_panel=DATA)
+]
+ImgSize = Annotated[
+    int | None,
+    typer.Option("--img-size", min=1, help="Image size in pixels.", rich_help_panel=DATA),
+]
+InChans = Annotated[
+    int | None,
+    typer.Option("--in-chans", min=1, help="Image channels.", rich_help_panel=DATA),
+]
+Dataset = Annotated[
+    str | None,
+    typer.Option(
+        help="digits, or timm's torch/NAME or hfds/NAME. Default: what the file records, else "
+        "digits.",
+        rich_help_panel=DATA,
+    ),
+]
+DataDir = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FOLDER", help="Where the dataset lies; alone, a folder of images.",
+        rich_help_panel=DATA,
+    ),
+]  # fmt: skip
+Download = Annotated[
+    bool,
+    typer.Option("--dataset-download", help="Fetch the dataset if missing.", rich_help_panel=DATA),
+]
+Workers = Annotated[
+    int | None,
+    typer.Option("-j", "--workers", min=0, help="Loader processes.", rich_help_panel=DATA),
+]
+BatchSize = Annotated[
+    int | None,
+    typer.Option("-b", "--batch-size", min=1, help="Images a step.", rich_help_panel=TRAINING),
+]
+Amp = Annotated[
+    bool | None, typer.Option("--amp", help="bfloat16 autocast.", rich_help_panel=TRAINING)
+]

@@ -1,0 +1,58 @@
+"""``randsurgery export``: a file as a plain dense checkpoint."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from randsurgery.cli import common
+from randsurgery.cli.common import command, note, print_json, size
+
+
+@command
+def export(
+    file: Annotated[str, typer.Argument(metavar="FILE", help="A randsurgery file.")],
+    output: Annotated[
+        str | None, typer.Option("-o", "--output", metavar="PATH", help="File, or folder for timm.")
+    ] = None,
+    format: Annotated[
+        str,
+        typer.Option(
+            help="dense: one safetensors file; timm: a folder with model.safetensors and "
+            "config.json, ready to upload."
+        ),
+    ] = "dense",
+    self_contained: Annotated[
+        bool,
+        typer.Option("--self-contained", help="Stay in this format, but embed the base's tensors."),
+    ] = False,
+    member: Annotated[str | None, typer.Option(help="Which network of several.")] = None,
+    base: common.BaseOption = None,
+    force: common.Force = False,
+    dry_run: common.DryRun = False,
+    json: common.Json = False,
+    config: common.Config = None,
+    quiet: common.Quiet = False,
+    verbose: common.Verbose = False,
+) -> None:
+    """Write dense weights that plain timm loads, no randsurgery needed."""
+    from randsurgery.jobs import export as job
+
+    plan = job.prepare(
+        file,
+        output,
+        kind="self-contained" if self_contained else format,
+        member=member,
+        base=base,
+        force=force,
+    )
+    if dry_run:
+        note(f"would write {plan.target}")
+        return
+    written = job.run(plan)
+    if json:
+        print_json({"path": str(plan.target), "bytes": written, "load": plan.how_to_load})
+        return
+    common.out().print(f"{common.clean(str(plan.target))}: {size(written)}")
+    common.out().print(plan.how_to_load)

@@ -1,0 +1,68 @@
+"""``randsurgery init``: a network as a seed."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from randsurgery.cli import common
+from randsurgery.cli.common import command, note, print_json
+
+
+@command
+def init(
+    source: Annotated[str, typer.Argument(metavar="ARCH", help="A timm architecture.")],
+    init: common.InitOption = "signed-constant",
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the weights.")] = 0,
+    scaled_for: Annotated[
+        str | None,
+        typer.Option(
+            metavar="K", help="Scale deviations by 1/sqrt(K), as for a mask that keeps K of them."
+        ),
+    ] = None,
+    pretrained: common.Pretrained = False,
+    checkpoint: common.CheckpointOption = None,
+    num_classes: common.NumClasses = None,
+    img_size: common.ImgSize = None,
+    in_chans: common.InChans = None,
+    width: common.Width = None,
+    model_kwargs: common.ModelArgs = None,
+    output: common.Output = None,
+    force: common.Force = False,
+    dry_run: common.DryRun = False,
+    json: common.Json = False,
+    config: common.Config = None,
+    quiet: common.Quiet = False,
+    verbose: common.Verbose = False,
+) -> None:
+    """Write a network whose weights are a seed: some kilobytes for any size."""
+    from randsurgery.cli import render
+    from randsurgery.inspection.storage import storage
+    from randsurgery.jobs import init as job
+    from randsurgery.jobs.sources import SourceSpec
+    from randsurgery.surgery.initialisers import check_init, parse_fraction
+
+    args = common.parse_pairs(model_kwargs or [], "--model-kwargs")
+    given = {"num_classes": num_classes, "img_size": img_size, "in_chans": in_chans, "width": width}
+    args |= {key: value for key, value in given.items() if value is not None}
+    spec = SourceSpec(
+        name=source,
+        init=check_init(init),
+        seed=seed,
+        scaled_for=parse_fraction(scaled_for, "--scaled-for") if scaled_for else None,
+        pretrained=pretrained,
+        checkpoint=checkpoint,
+        args=args,
+    )
+    path = job.init_output(spec, output, force=force)
+    made = job.prepare_init(spec)
+    if dry_run:
+        note(f"would write {path}: {len(made.recipe.tensors)} tensors")
+        return
+    job.run_init(made, path, force=force)
+    report = storage(path)
+    if json:
+        print_json({"path": str(path), "bytes": report.bytes, "dense_bytes": report.dense_bytes})
+    else:
+        render.show_storage(report, tensors=False)

@@ -1,0 +1,113 @@
+"""Reports as tables that fit 80 columns, and progress that is quiet in a pipe."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from randsurgery.cli.common import clean, err, note, out, size, verbosity
+
+if TYPE_CHECKING:
+    from randsurgery.inspection.storage import StorageReport, TensorStorage
+    from randsurgery.inspection.verify import VerifyReport
+    from randsurgery.training.loop import Hooks
+
+
+def table(*columns: str, right: tuple[int, ...] = ()) -> Table:
+    """A table without frame lines; the columns numbered in ``right`` hold figures."""
+    made = Table(box=box.SIMPLE, pad_edge=False, show_edge=False)
+    for index, name in enumerate(columns):
+        if index in right:
+            made.add_column(name, justify="right", no_wrap=True)
+        else:
+            made.add_column(name, overflow="fold")
+    return made
+
+
+def show_storage(report: StorageReport, *, tensors: bool) -> None:
+    """The breakdown of a file: by what makes the tensors, or tensor by tensor."""
+    console = out()
+    if tensors:
+        made = table("tensor", "shape", "made of", "bytes", "dense", right=(3, 4))
+        for row in report.tensors:
+            made.add_row(_tensor_name(row, report), _shape(row), row.made_of,
+                         f"{row.bytes:,}", f"{row.dense_bytes:,}")  # fmt: skip
+    else:
+        made = table("made of", "tensors", "bytes", "dense", right=(1, 2, 3))
+        for name, count, stored, dense in report.groups():
+            made.add_row(name, f"{count:,}", f"{stored:,}", f"{dense:,}")
+    blank = ("", "") if tensors else ("",)
+    if report.score_bytes:
+        made.add_row("popup scores", *blank, f"{report.score_bytes:,}", "")
+    made.add_row("header", *blank, f"{report.header_bytes:,}", "")
+    made.add_row("file", *blank, f"{report.bytes:,}", f"{report.dense_bytes:,}")
+    console.print(made)
+    console.print(
+        f"{clean(report.file)}: {size(report.bytes)}, dense {size(report.dense_bytes)}, "
+        f"{report.ratio:.1f}x smaller"
+    )
+
+
+def _tensor_name(row: TensorStorage, report: StorageReport) -> str:
+    several = len({tensor.member for tensor in report.tensors}) > 1
+    return clean(f"{row.member}: {row.name}" if several else row.name)
+
+
+def _shape(row: TensorStorage) -> str:
+    return "x".join(str(dim) for dim in row.shape) or "scalar"
+
+
+def show_verify(report: VerifyReport) -> None:
+    """One line if all agreed, else the checks that failed."""
+    console = out()
+    if report.ok:
+        console.print(f"{clean(report.file)}: {len(report.checks)} digests agree")
+        return
+    for check in report.failures:
+        console.print(clean(f"{check.what}: {check.detail}"))
+    console.print(
+        f"{clean(report.file)}: {len(report.failures)} of {len(report.checks)} digests differ"
+    )
+
+
+def show_pairs(pairs: list[tuple[str, str]]) -> None:
+    """Names and values, aligned."""
+    width = max(len(name) for name, _ in pairs)
+    for name, value in pairs:
+        out().print(f"{name:<{width}}  {clean(value)}")
+
+
+@contextmanager
+def training_progress(epochs: int) -> Iterator[Hooks]:
+    """Hooks that show a bar in a terminal and one line an epoch anywhere; nothing with -q."""
+    from randsurgery.training.loop import Hooks
+
+    console = err()
+    shown = console.is_terminal and verbosity.level >= 1
+    bar = Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
+        TextColumn("loss {task.fields[loss]:.3f}"), TimeRemainingColumn(),
+        console=console, transient=True, disable=not shown,
+    )  # fmt: skip
+    task = bar.add_task("epoch 1", total=None, loss=float("nan"))
+
+    def on_epoch_start(epoch: int, steps: int) -> None:
+        bar.reset(task, total=steps, description=f"epoch {epoch + 1}/{epochs}")
+
+    def on_step(_: int, loss: float) -> None:
+        bar.update(task, advance=1, loss=loss)
+
+    def on_epoch(record: dict[str, Any]) -> None:
+        flips = f", {record['flipped']:.2%} of the mask flipped" if "flipped" in record else ""
+        note(
+            f"epoch {record['epoch']}/{epochs}: train loss {record['train_loss']:.3f}, "
+            f"test accuracy {record['test_accuracy']:.2%}{flips}"
+        )
+
+    with bar:
+        yield Hooks(on_epoch_start=on_epoch_start, on_step=on_step, on_epoch=on_epoch)

@@ -1,0 +1,5 @@
+"""Files -> reports. Reads headers alone wherever they answer the question; never imports torch.
+
+storage   where a file's bytes go, against a dense file
+verify    every digest of a file
+"""

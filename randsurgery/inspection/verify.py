@@ -1,0 +1,46 @@
+"""Every digest of a file, compared."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from randsurgery.format.checkpoint import Check, read_checkpoint, verify
+from randsurgery.format.rebuild import Payloads
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """The checks of one file; ``ok`` if all agreed."""
+
+    file: str
+    checks: tuple[Check, ...]
+
+    @property
+    def ok(self) -> bool:
+        """True if every digest agreed."""
+        return all(check.ok for check in self.checks)
+
+    @property
+    def failures(self) -> tuple[Check, ...]:
+        """The checks that did not agree."""
+        return tuple(check for check in self.checks if not check.ok)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, with ``ok``, the number of checks, and the failures."""
+        return {
+            "file": self.file,
+            "ok": self.ok,
+            "checks": len(self.checks),
+            "failures": [asdict(check) for check in self.failures],
+        }
+
+
+def verify_file(
+    path: str | os.PathLike[str], *, base: Payloads | str | os.PathLike[str] | None = None
+) -> VerifyReport:
+    """Rebuild every tensor and compare every digest. Raises FileFormatError if unreadable."""
+    with read_checkpoint(path, base=base) as checkpoint:
+        assert checkpoint.path is not None
+        return VerifyReport(checkpoint.path.name, tuple(verify(checkpoint)))

@@ -1,0 +1,10 @@
+"""Whole jobs, as the command line runs them: source -> recipe -> module -> fit -> harvest -> file.
+
+A job is resolved into a frozen plan first; every input is checked before anything is trained,
+and nothing is written before the result is complete.
+
+    sources   where a network comes from: an architecture, dense weights, a file
+    inputs    which images it sees: dataset, preprocessing, device
+    records   what is written beside the weights: provenance, metrics, downloaded bases
+    init, popup, evaluate, export   one module a command
+"""

@@ -1,0 +1,157 @@
+"""``export``: dense safetensors, timm folders, self-contained files."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from randsurgery.errors import IncompatibleError, OutputError, UsageError
+from randsurgery.format.canonical import digest
+from randsurgery.format.checkpoint import (
+    Checkpoint,
+    Memory,
+    payload_names,
+    read_checkpoint,
+    write_checkpoint,
+)
+from randsurgery.format.container import check_output, pack, write_atomically
+from randsurgery.format.rebuild import payload_name
+from randsurgery.format.recipe import BaseSource, Member, MemberTensor, Recipe, StoredSource
+from randsurgery.surgery.bases import read_base
+
+KINDS = ("dense", "timm", "self-contained")
+
+
+@dataclass(frozen=True)
+class Export:
+    """An export, checked and ready to run."""
+
+    checkpoint: Checkpoint
+    member: Member
+    kind: str
+    target: Path
+    how_to_load: str
+    force: bool
+
+
+def prepare(
+    file: str, output: str | None, *, kind: str, member: str | None, base: str | None, force: bool
+) -> Export:
+    """Check input and target. Raises RandsurgeryError; writes nothing."""
+    if kind not in KINDS:
+        raise UsageError(f"unknown --format {kind!r}, expected dense or timm")
+    checkpoint = read_checkpoint(file, base=read_base(base).tensors if base else None)
+    who = checkpoint.member(member)
+    stem = Path(file).stem
+    if kind == "timm":
+        target = Path(output or f"{stem}-timm")
+        if checkpoint.recipe.model is None:
+            raise IncompatibleError("the file names no architecture, so there is no timm export")
+        if target.exists() and (not target.is_dir() or any(target.iterdir())) and not force:
+            raise OutputError(f"{target}: exists already; choose another --output or pass --force")
+        check_output(target.with_name(target.name + ".tmp"), force=True)
+    else:
+        target = check_output(output or f"{stem}-{kind}.safetensors", force=force)
+    load = _how_to_load(checkpoint.recipe, who, kind, target)
+    return Export(checkpoint, who, kind, target, load, force)
+
+
+def _how_to_load(recipe: Recipe, member: Member, kind: str, target: Path) -> str:
+    if kind == "self-contained":
+        return f"randsurgery.load({str(target)!r})"
+    if kind == "timm":
+        return f"timm.create_model({'local-dir:' + str(target)!r}, pretrained=True)"
+    if recipe.model is None:
+        return f"safetensors.torch.load_file({str(target)!r})"
+    args: dict[str, Any] = dict(recipe.model.args)
+    if "num_classes" not in args and member.head is not None:
+        args["num_classes"] = member.head.classes
+    given = "".join(f", {key}={_argument(value)}" for key, value in sorted(args.items()))
+    return f"timm.create_model({recipe.model.name!r}, checkpoint_path={str(target)!r}{given})"
+
+
+def _argument(value: Any) -> str:
+    if isinstance(value, str) and value.startswith(("0x", "-0x")):
+        return repr(float.fromhex(value))
+    return repr(value)
+
+
+def run(plan: Export) -> int:
+    """Write the export; returns its bytes. Raises OutputError."""
+    if plan.kind == "dense":
+        tensors = plan.checkpoint.tensors(plan.member.name)
+        return write_atomically(plan.target, pack(tensors, {"format": "pt"}))
+    if plan.kind == "self-contained":
+        return write_checkpoint(plan.target, self_contained(plan.checkpoint), force=plan.force)
+    return _timm_folder(plan)
+
+
+def self_contained(checkpoint: Checkpoint) -> Checkpoint:
+    """The same file with the base's tensors stored in it."""
+    recipe = checkpoint.recipe
+    payloads = Memory({n: checkpoint.payloads.read(n) for n in payload_names(recipe)})
+
+    def embedded(owner: str, name: str, entry: Any) -> Any:
+        if not isinstance(entry.source, BaseSource):
+            return entry
+        raw = checkpoint.bases[entry.source.base].read(entry.source.tensor)
+        payloads[payload_name(owner, name, "source")] = raw
+        return entry.model_copy(update={"source": StoredSource(digest=digest(raw.array))})
+
+    tensors = {name: embedded("shared", name, entry) for name, entry in recipe.tensors.items()}
+    members = []
+    for member in recipe.members:
+        own = {
+            name: part
+            if part.entry is None
+            else MemberTensor(entry=embedded(member.name, name, part.entry))
+            for name, part in member.tensors.items()
+        }
+        members.append(member.model_copy(update={"tensors": own}))
+    update = {"tensors": tensors, "members": tuple(members), "bases": {}}
+    return Checkpoint(recipe.model_copy(update=update), payloads)
+
+
+def _timm_folder(plan: Export) -> int:
+    """model.safetensors and config.json as timm's hub layout has them, moved into place whole."""
+    from timm.models import save_for_hf
+
+    from randsurgery.surgery.modules import build
+
+    model = build(plan.checkpoint, plan.member.name)
+    target = plan.target
+    try:
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
+            save_for_hf(
+                model,
+                folder,
+                model_config=_model_config(plan.member),
+                data_config=_data_config(plan.checkpoint.recipe),
+                safe_serialization=True,
+            )
+            target.mkdir(exist_ok=True)
+            for made in sorted(Path(folder).iterdir()):
+                shutil.move(made, target / made.name)
+    except OSError as error:
+        raise OutputError(f"{target}: cannot be written ({error.strerror or error})") from None
+    return sum(part.stat().st_size for part in target.iterdir())
+
+
+def _model_config(member: Member) -> dict[str, Any]:
+    return {"label_names": list(member.classes)} if member.classes else {}
+
+
+def _data_config(recipe: Recipe) -> dict[str, Any]:
+    look = recipe.input
+    if look is None:
+        return {}
+    return {
+        "input_size": (look.channels, *look.size),
+        "mean": tuple(float.fromhex(m) for m in look.mean),
+        "std": tuple(float.fromhex(s) for s in look.std),
+        "interpolation": look.interpolation,
+        "crop_pct": float.fromhex(look.crop),
+    }

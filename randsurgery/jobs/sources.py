@@ -1,0 +1,109 @@
+"""Where a network comes from: an architecture, dense weights, or a file of this format."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from fractions import Fraction
+
+from randsurgery.errors import IncompatibleError, UsageError
+from randsurgery.format.checkpoint import (
+    Checkpoint,
+    Memory,
+    read_checkpoint,
+    step_payloads,
+)
+from randsurgery.format.rebuild import payload_name, sentence
+from randsurgery.format.recipe import (
+    SHARED,
+    Entry,
+    Member,
+    Recipe,
+    ReplaceOverlay,
+    SignsSource,
+    StoredSource,
+)
+from randsurgery.surgery.architectures import ArgValue, check_name
+from randsurgery.surgery.bases import pretrained_base, read_base
+from randsurgery.surgery.initialisers import Init
+from randsurgery.surgery.recipes import make_recipe, make_recipe_on_base
+
+
+@dataclass(frozen=True)
+class SourceSpec:
+    """Where a network comes from.
+
+    ``name``: a timm architecture (with ``pretrained`` or ``checkpoint`` for dense weights) or a
+    file of this format. ``args``: model arguments. ``scaled_for``: k for scaled distributions.
+    """
+
+    name: str
+    init: Init = "signed-constant"
+    seed: int = 0
+    scaled_for: Fraction | None = None
+    pretrained: bool = False
+    checkpoint: str | None = None
+    base: str | None = None
+    args: dict[str, ArgValue] = field(default_factory=dict)
+
+    @property
+    def is_file(self) -> bool:
+        """True if ``name`` means a file."""
+        return self.name.endswith(".safetensors") or os.sep in self.name
+
+
+def open_source(spec: SourceSpec) -> Checkpoint:
+    """The network as a checkpoint in memory, all in shared entries. Raises RandsurgeryError."""
+    if spec.is_file:
+        if spec.pretrained or spec.checkpoint:
+            raise UsageError("--pretrained and --checkpoint go with an architecture, not a file")
+        base = read_base(spec.base).tensors if spec.base else None
+        return flatten(read_checkpoint(spec.name, base=base))
+    if spec.pretrained and spec.checkpoint:
+        raise UsageError("--pretrained and --checkpoint exclude each other")
+    if spec.pretrained or spec.checkpoint:
+        arch = spec.name.partition(".")[0]
+        check_name(arch)
+        found = read_base(spec.checkpoint) if spec.checkpoint else pretrained_base(spec.name)
+        return make_recipe_on_base(
+            arch, found, spec.init, seed=spec.seed, scaled_for=spec.scaled_for, args=spec.args
+        )
+    return make_recipe(
+        spec.name, spec.init, seed=spec.seed, scaled_for=spec.scaled_for, args=spec.args
+    )
+
+
+def flatten(checkpoint: Checkpoint, member: str | None = None) -> Checkpoint:
+    """The same tensors with one member's overlays moved into the shared entries.
+
+    Payload bytes move as they are. What a learner adds next becomes the member's own again.
+    """
+    who = checkpoint.member(member)
+    payloads, entries = Memory(), {}
+    for name in checkpoint.recipe.tensor_names(who):
+        owner, entry, steps = sentence(checkpoint.recipe, who, name)
+        last = max((i for i, s in enumerate(steps) if isinstance(s[2], ReplaceOverlay)), default=0)
+        moves: list[tuple[str, str]] = []
+        if isinstance(entry.source, (StoredSource, SignsSource)):
+            source = payload_name(SHARED, name, "source")
+            moves.append((payload_name(owner, name, "source"), source))
+        for at, (step_owner, index, overlay) in enumerate(steps[last:]):
+            old = step_payloads(name, step_owner, index, overlay)
+            moves += zip(old, step_payloads(name, SHARED, at, overlay), strict=True)
+        for before, after in moves:
+            payloads[after] = checkpoint.payloads.read(before)
+        overlays = tuple(overlay for _, _, overlay in steps[last:])
+        entries[name] = Entry(
+            dtype=entry.dtype, shape=entry.shape, source=entry.source, overlays=overlays
+        )
+    fresh = Member(head=who.head, classes=who.classes, dataset=who.dataset)
+    recipe = checkpoint.recipe.model_copy(
+        update={"tensors": entries, "members": (fresh,), "backbone_id": None}
+    )
+    return Checkpoint(recipe, payloads, checkpoint.bases)
+
+
+def architecture_name(recipe: Recipe) -> str:
+    if recipe.model is None:
+        raise IncompatibleError("the file names no architecture, so it cannot be trained here")
+    return recipe.model.name

@@ -1,0 +1,178 @@
+"""The one training loop. It knows parameters, batches and a loss, and no technique."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from torch import nn
+
+from randsurgery.errors import DataError, DivergedError, UsageError
+from randsurgery.format.generator import torch_seed
+from randsurgery.training.data import Batch, Data
+from randsurgery.training.evaluate import autocast, evaluate
+from randsurgery.training.settings import TrainSettings
+from randsurgery.training.state import RunState
+
+Record = dict[str, Any]
+
+
+@dataclass
+class Hooks:
+    """What the caller wants to see: each batch, each epoch's record; and what it adds to it."""
+
+    on_epoch_start: Callable[[int, int], None] = lambda epoch, steps: None
+    on_step: Callable[[int, float], None] = lambda step, loss: None
+    on_epoch: Callable[[Record], None] = lambda record: None
+    extra: Callable[[], Record] = dict
+    on_state: Callable[[RunState], None] | None = None
+
+
+@dataclass
+class Run:
+    """A run in progress: the module, what it learns, and how far it has come."""
+
+    model: nn.Module
+    settings: TrainSettings
+    steps: int  # optimiser steps an epoch
+    optimizer: torch.optim.Optimizer | None = None
+    scheduler: Any = None
+    epoch: int = 0
+    step: int = 0
+    history: list[Record] = field(default_factory=list)
+
+    @property
+    def learned(self) -> list[nn.Parameter]:
+        """What the optimiser moves."""
+        return [p for p in self.model.parameters() if p.requires_grad]
+
+    def state(self) -> RunState:
+        """The whole state, as one object that can be written."""
+        return RunState.capture(self.model, self.optimizer, self.epoch, self.step)
+
+    def restore(self, state: RunState) -> None:
+        """Go on from a state of a run set up alike."""
+        state.restore(self.model, self.optimizer)
+        self.epoch, self.step = state.epoch, state.step
+
+
+def start(model: nn.Module, train: Data, settings: TrainSettings) -> Run:
+    """Set up optimiser and schedule. Raises UsageError for names timm does not know."""
+    run = Run(model, settings, train.steps(settings.batch_size))
+    if not run.learned or settings.epochs == 0:
+        return run
+    try:
+        run.optimizer = create_optimizer_v2(
+            run.learned,
+            opt=settings.opt,
+            lr=settings.lr,
+            weight_decay=settings.weight_decay,
+            momentum=settings.momentum,
+        )
+        run.scheduler, _ = create_scheduler_v2(
+            run.optimizer,
+            sched=settings.sched,
+            num_epochs=settings.epochs,
+            warmup_epochs=settings.warmup_epochs,
+            warmup_prefix=False,
+            step_on_epochs=False,
+            updates_per_epoch=run.steps,
+        )
+    except (ValueError, AssertionError, KeyError, TypeError, RuntimeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else repr(error)
+        raise UsageError(
+            f"--opt {settings.opt} with --sched {settings.sched} cannot be set up: {reason}"
+        ) from None
+    return run
+
+
+def fit(
+    model: nn.Module,
+    train: Data,
+    test: Data,
+    settings: TrainSettings,
+    hooks: Hooks | None = None,
+    *,
+    resume: RunState | None = None,
+) -> list[Record]:
+    """Train what requires gradients; evaluate after each epoch. Returns the epochs' records.
+
+    Nothing global is read or set: dropout and the like draw from a fork of torch's generator,
+    seeded by (seed, epoch). With nothing to learn the training images still pass once an epoch,
+    which settles running statistics. Raises DivergedError on a NaN or infinite loss.
+    """
+    hooks = hooks or Hooks()
+    run = start(model, train, settings)
+    if resume is not None:
+        run.restore(resume)
+    device = next(model.parameters()).device
+    forked = [device] if device.type == "cuda" else []
+    while run.epoch < settings.epochs:
+        with torch.random.fork_rng(devices=forked):
+            torch.manual_seed(torch_seed(settings.seed, f"epoch-{run.epoch}"))
+            record = _epoch(run, train, hooks)
+        result = evaluate(model, test, amp=settings.amp)
+        run.epoch += 1
+        record |= {f"test_{key}": value for key, value in result.to_json().items()}
+        record = {"epoch": run.epoch, "step": run.step, **record, **hooks.extra()}
+        run.history.append(record)
+        hooks.on_epoch(record)
+        if hooks.on_state is not None:
+            hooks.on_state(run.state())
+    return run.history
+
+
+def _epoch(run: Run, train: Data, hooks: Hooks) -> Record:
+    hooks.on_epoch_start(run.epoch, run.steps)
+    run.model.train()
+    total, correct, seen, rate = 0.0, 0, 0, 0.0
+    for batch in train.training(run.settings, run.epoch):
+        rate = _set_rate(run)
+        logits, loss = _step(run, batch)
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            raise DivergedError(
+                f"the loss is {value} at step {run.step + 1} (epoch {run.epoch + 1}); lower --lr, "
+                "or --clip-grad"
+            )
+        run.step += 1
+        count = len(batch[1])
+        total, seen = total + value * count, seen + count
+        correct += int((logits.detach().argmax(1) == batch[1]).sum())
+        hooks.on_step(run.step, value)
+    return {"lr": rate, "train_loss": total / seen, "train_accuracy": correct / seen}
+
+
+def _set_rate(run: Run) -> float:
+    """The schedule's learning rate for the step to come."""
+    if run.optimizer is None:
+        return 0.0
+    run.scheduler.step_update(run.step)
+    return float(run.optimizer.param_groups[0]["lr"])
+
+
+def _step(run: Run, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    images, labels = batch
+    settings = run.settings
+    if settings.channels_last:
+        images = images.contiguous(memory_format=torch.channels_last)
+    with torch.set_grad_enabled(run.optimizer is not None):
+        with autocast(images.device, settings.amp):
+            logits = run.model(images)
+        if logits.dim() != 2:
+            raise DataError(f"the network returns {list(logits.shape)}, expected (batch, classes)")
+        loss = nn.functional.cross_entropy(
+            logits.float(), labels, label_smoothing=settings.smoothing
+        )
+    if run.optimizer is not None:
+        run.optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        if settings.clip_grad is not None:
+            nn.utils.clip_grad_norm_(run.learned, settings.clip_grad)
+        run.optimizer.step()
+    return logits, loss
