@@ -1,9 +1,11 @@
-"""Whole checkpoints: rebuilt bit for bit as a naive reader does, and refused when anything is off."""
+"""Whole checkpoints: rebuilt bit for bit as a naive reader does, refused when anything is off."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,8 @@ from randsurgery.format.checkpoint import (
     write_checkpoint,
 )
 from randsurgery.format.container import Container, pack, write_atomically
+from randsurgery.format.generator import NORMAL_TABLE_SHA256, generate, stream_key
+from randsurgery.format.hadamard import hadamard_rows
 from randsurgery.format.recipe import Recipe
 from randsurgery.format.tensors import STORAGE, RawTensor, from_f32
 
@@ -303,8 +307,6 @@ def test_tensors_in_memory_are_never_changed_in_place() -> None:
 def test_scaling_gives_one_nan_and_infinities_without_a_warning() -> None:
     b = Builder()
     words = np.array([0x7F800000, 0xFFC12345, 0x7F7FFFFF, 0xFF7FFFFF], dtype="<u4")
-    for name, factor in (("zero", 0.0), ("two", 2.0)):
-        b.stored("shared", name, RawTensor("F32", words.view("<f4")))
     tensors = {
         name: entry("F32", (4,), b.stored("shared", name, RawTensor("F32", words.view("<f4"))),
                     {"kind": "scale", "factor": hexf(factor)})
@@ -366,7 +368,9 @@ def test_a_slice_beyond_the_tensor_is_refused(dim: int, count: int) -> None:
 
 def test_a_payload_of_another_shape_or_dtype_is_refused() -> None:
     b = Builder()
-    recipe = tiny(tensors={"w": entry("F32", (4,), b.stored("shared", "w", floats("F32", (4,), 0)))})
+    recipe = tiny(
+        tensors={"w": entry("F32", (4,), b.stored("shared", "w", floats("F32", (4,), 0)))}
+    )
     for value in (floats("F32", (2, 2), 0), floats("F16", (4,), 0)):
         with pytest.raises(FileFormatError, match=r"the recipe needs F32 \[4\]"):
             assemble(recipe, Memory({"shared/w/source": value})).tensor("w")
@@ -471,16 +475,18 @@ def test_a_bit_flipped_in_any_payload_is_refused(written: Path, tmp_path: Path) 
             broken = bytearray(data)
             broken[start + at] ^= 1 << at % 8
             path.write_bytes(broken)
-            owner, rest = name.split("/", 1)
-            tensor, slot = rest.rsplit("/", 1)
-            member = "first" if owner == "shared" else owner
-            with read_checkpoint(path) as checkpoint:
-                with pytest.raises(FileFormatError, match=f"'{name}' is corrupt"):
-                    if slot == "scores":
-                        checkpoint.scores(tensor, member)
-                    else:
-                        checkpoint._rebuild(checkpoint.member(member), tensor)
-                        checkpoint._rebuild(checkpoint.member("second"), tensor)
+            with (
+                read_checkpoint(path) as checkpoint,
+                pytest.raises(FileFormatError, match=f"'{re.escape(name)}' is corrupt"),
+            ):
+                ask_for_everything(checkpoint)
+
+
+def ask_for_everything(checkpoint: Checkpoint) -> None:
+    for member in checkpoint.recipe.members:
+        checkpoint.tensors(member.name)
+        for name in member.scores:
+            checkpoint.scores(name, member.name)
 
 
 def test_verify_lists_what_fails_and_goes_on(written: Path, tmp_path: Path) -> None:
@@ -542,11 +548,11 @@ def test_another_seed_is_noticed_by_verify(written: Path, tmp_path: Path) -> Non
 
 def test_missing_and_foreign_payloads_are_refused(tmp_path: Path) -> None:
     path = write_raw(tmp_path / "a.safetensors", tiny(), Memory())
-    with pytest.raises(FileFormatError, match="payload 'shared/w/0.mask' is missing"):
+    with pytest.raises(FileFormatError, match=r"payload 'shared/w/0\.mask' is missing"):
         read_checkpoint(path)
     extra = Memory({**tiny_payloads(), "shared/w/0.values": floats("F32", (1,), 0)})
     path = write_raw(tmp_path / "b.safetensors", tiny(), extra)
-    with pytest.raises(FileFormatError, match="'shared/w/0.values' belongs to no part"):
+    with pytest.raises(FileFormatError, match=r"'shared/w/0\.values' belongs to no part"):
         read_checkpoint(path)
 
 
@@ -653,7 +659,7 @@ def test_format_and_version_must_be_said(field: str) -> None:
      '{"format":"randsurgery","version":0,"notes":' + '{"x":' * 5000 + "1" + "}" * 5001],
 )  # fmt: skip
 def test_text_that_is_not_a_strict_json_recipe_is_refused(text: str) -> None:
-    with pytest.raises(FileFormatError, match="^f: "):
+    with pytest.raises(FileFormatError, match=r"^f: "):
         parse_recipe(text, "f")
 
 
@@ -847,3 +853,54 @@ def test_finish_fills_in_every_digest() -> None:
     tensor = assemble(recipe, payloads).tensor("emb", "first")
     text = b'["BF16",[6,4]]\0'
     assert done.tensors["emb"].digest == digest(text + tensor.array.tobytes())
+
+
+# --- the document --------------------------------------------------------------------------------
+
+
+def test_the_vectors_in_the_document() -> None:
+    text = (Path(__file__).parents[1] / "docs" / "format.md").read_text("utf-8")
+    said = json.loads(text.split("```json\n")[1].split("```")[0])
+    golden = {"seed": 7, "stream": "golden", "role": "weight"}
+    made = {
+        kind: generate(kind, 1003, 0.5, **golden).astype("<f4", copy=False)
+        for kind in ("sign", "normal", "uniform")
+    }
+    assert said["key"] == [f"{word:016x}" for word in stream_key(**golden)]
+    words = slow.stream_words(**golden)
+    assert said["words"] == [f"{next(words):016x}" for _ in range(4)]
+    assert said["bytes"] == slow.stream_bytes(8, **golden).hex()
+    for kind, values in made.items():
+        first = values[: len(said[kind])]
+        signs = "".join("+" if v > 0 else "-" for v in first)
+        assert said[kind] == (signs if kind == "sign" else [float(v).hex() for v in first])
+        assert said["sha256_of_1003"][kind] == hashlib.sha256(values.tobytes()).hexdigest()
+    three = {d: from_f32(d, made["normal"][:3]) for d in ("F16", "BF16")}
+    assert said["normal_f16"] == three["F16"].tobytes().hex()
+    assert said["normal_bf16"] == three["BF16"].tobytes().hex()
+    table = slow.normal_table()
+    assert said["normal_table"] == [table[i].hex() for i in (0, 32767, 32768)]
+    assert NORMAL_TABLE_SHA256 in text
+    for shape in ("13x12", "28x28"):
+        rows = hadamard_rows(*map(int, shape.split("x")))
+        for index, signs in said[f"hadamard_{shape}"].items():
+            assert signs == "".join("+" if v > 0 else "-" for v in rows[int(index)])
+
+    mask = said["mask"]
+    payload = bytes.fromhex(mask["gaps"])
+    for encoding in ("bits", "gaps"):
+        read = masks.decode(bytes.fromhex(mask[encoding]), encoding, mask["size"], mask["count"])
+        assert np.flatnonzero(read.unpack()).tolist() == mask["ones"]
+    assert slow.gap_bytes(read.unpack().astype(int).tolist()).hex() == mask["gaps_inflated"]
+
+    finished = RawTensor("F32", made["sign"][:4].reshape(2, 2))
+    base = Memory({"b": RawTensor("F16", three["F16"]), "a": finished})
+    assert said["payload_digest_of_gaps"] == digest(payload)
+    assert said["finished_digest"] == finished.digest()
+    assert said["base_identity"] == identity(base, base)
+    source = {**random_source("sign", 0.5), "seed": 7}
+    overlay = {"kind": "mask", "encoding": "gaps", "count": 3, "digest": digest(payload)}
+    recipe = tiny(tensors={"golden": entry("F32", (300,), source, overlay)})
+    payloads = Memory({"shared/golden/0.mask": RawTensor("U8", np.frombuffer(payload, np.uint8))})
+    assert said["backbone_id"] == backbone(recipe, payloads)
+    assert said["backbone_id"] == digest(said["backbone_text"].encode())

@@ -65,7 +65,7 @@ def test_no_rows_is_an_empty_matrix() -> None:
 
 @pytest.mark.parametrize(("rows", "columns"), [(3, 1), (2**30, 4), (2**40, 20)])
 def test_more_rows_than_there_are_sign_vectors_is_refused_at_once(rows: int, columns: int) -> None:
-    with pytest.raises(IncompatibleError, match="no .* distinct hadamard rows"):
+    with pytest.raises(IncompatibleError, match=r"no .* distinct hadamard rows"):
         hadamard_rows(rows, columns)
 
 

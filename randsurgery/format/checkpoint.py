@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -139,8 +139,19 @@ def in_threads(
     work: Callable[[str], T], names: Iterable[str], threads: int | None = None
 ) -> Iterator[T]:
     """``map`` on a few threads; NumPy and zlib release the interpreter while they work."""
-    with ThreadPoolExecutor(threads or min(8, os.cpu_count() or 1)) as pool:
-        yield from pool.map(work, names)
+    todo = list(names)
+    done: list[T | None] = [None] * len(todo)
+    queue = iter(range(len(todo)))
+
+    def worker() -> None:
+        for index in queue:  # shared: each index goes to one worker
+            done[index] = work(todo[index])
+
+    count = threads or min(8, os.cpu_count() or 1)
+    with ThreadPoolExecutor(count) as pool:
+        for finished in [pool.submit(worker) for _ in range(count)]:
+            finished.result()
+    yield from cast(list[T], done)
 
 
 def finished_bytes(recipe: Recipe, member: Member) -> int:

@@ -154,7 +154,7 @@ def _is_count(value: Any) -> bool:
 
 def _parse_info(key: str, value: Any, name: str) -> TensorInfo:
     try:
-        check_tensor_name(key, MAX_PAYLOAD_NAME)
+        check_tensor_name(key, limit=MAX_PAYLOAD_NAME)
     except ValueError as error:
         raise FileFormatError(f"{name}: {error}") from None
     if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
@@ -191,7 +191,7 @@ def pack(tensors: Mapping[str, RawTensor], metadata: Mapping[str, str]) -> Itera
     position = 0
     for name in order:
         tensor = tensors[name]
-        header[check_tensor_name(name, MAX_PAYLOAD_NAME)] = {
+        header[check_tensor_name(name, limit=MAX_PAYLOAD_NAME)] = {
             "dtype": tensor.dtype,
             "shape": list(tensor.shape),
             "data_offsets": [position, position + tensor.nbytes],

@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import statistics
+from collections.abc import Callable
 from typing import Literal
 
 import numpy as np
@@ -103,30 +104,55 @@ def expand_signs(packed: npt.NDArray[np.uint8], scale: float, out: F32Array) -> 
         out[whole * 8 :] = table[packed[whole]][: out.size - whole * 8]
 
 
-def _fill_sign(bits: BitStream, scale: float, out: F32Array) -> None:
-    for start in range(0, out.size, BLOCK):
-        block = out[start : start + BLOCK]
+BlockFiller = Callable[[BitStream, F32Array], None]
+
+
+def _signs(scale: float) -> BlockFiller:
+    def fill(bits: BitStream, block: F32Array) -> None:
         expand_signs(bits.bytes(-(-block.size // 8)), scale, block)
 
+    return fill
 
-def _fill_normal(bits: BitStream, scale: float, out: F32Array) -> None:
+
+def _normals(scale: float) -> BlockFiller:
     table = normal_table() * np.float32(scale)
-    for start in range(0, out.size, BLOCK):
-        block = out[start : start + BLOCK]
-        index = bits.bytes(2 * block.size).view("<u2")
-        np.take(table, index, out=block, mode="clip")
+
+    def fill(bits: BitStream, block: F32Array) -> None:
+        np.take(table, bits.bytes(2 * block.size).view("<u2"), out=block, mode="clip")
+
+    return fill
 
 
-def _fill_uniform(bits: BitStream, scale: float, out: F32Array) -> None:
-    for start in range(0, out.size, BLOCK):
-        block = out[start : start + BLOCK]
+def _uniforms(scale: float) -> BlockFiller:
+    def fill(bits: BitStream, block: F32Array) -> None:
         integers = (bits.bytes(4 * block.size).view("<u4") >> np.uint32(8)).astype(np.int32)
         integers -= 1 << 23
         np.multiply(integers, np.float32(2.0**-23), out=block, casting="same_kind", dtype="f4")
         np.multiply(block, np.float32(scale), out=block)
 
+    return fill
 
-_FILL = {"sign": _fill_sign, "normal": _fill_normal, "uniform": _fill_uniform}
+
+_FILLERS: dict[Distribution, Callable[[float], BlockFiller]] = {
+    "sign": _signs,
+    "normal": _normals,
+    "uniform": _uniforms,
+}
+
+
+def _fill(
+    distribution: Distribution,
+    bits: BitStream,
+    scale: float,
+    out: F32Array,
+    finish: Callable[[int, F32Array], None] | None = None,
+) -> None:
+    fill = _FILLERS[distribution](scale)
+    for start in range(0, out.size, BLOCK):
+        block = out[start : start + BLOCK]
+        fill(bits, block)
+        if finish is not None:
+            finish(start, block)
 
 
 def generate(
@@ -138,16 +164,18 @@ def generate(
     stream: str,
     role: Role = "weight",
     out: F32Array | None = None,
+    finish: Callable[[int, F32Array], None] | None = None,
 ) -> F32Array:
     """``size`` float32 values of one stream. Shape (size,).
 
     ``scale`` must be a float32 value: the magnitude of ``sign``, the standard deviation of
-    ``normal``, the half-width b of ``uniform`` on [-b, b).
+    ``normal``, the half-width b of ``uniform`` on [-b, b). ``finish(start, block)`` may change
+    each block while it is still in the cache.
     """
     self_test()
     if out is None:
         out = np.empty(size, dtype=np.float32)
-    _FILL[distribution](BitStream(seed, stream, role), scale, out)
+    _fill(distribution, BitStream(seed, stream, role), scale, out, finish)
     return out
 
 
@@ -190,7 +218,7 @@ def self_test() -> None:
         raise GeneratorError("the Philox stream differs from the golden vector")
     for name, expected in GOLDEN_SHA256.items():
         values = np.empty(1003, dtype=np.float32)
-        _FILL[name](BitStream(7, "golden", "weight"), 0.5, values)
+        _fill(name, BitStream(7, "golden", "weight"), 0.5, values)
         found = hashlib.sha256(values.astype("<f4", copy=False).tobytes()).hexdigest()
         if found != expected:
             raise GeneratorError(f"{name} values differ from the golden vector ({found})")

@@ -154,23 +154,23 @@ _BLOCK = 1 << 13
 """Packed bytes a step; the expanded words of one step stay in a core's own cache."""
 
 
-def select(words: npt.NDArray[Any], mask: Mask) -> None:
+def select(words: npt.NDArray[Any], mask: Mask, start: int = 0) -> None:
     """Set every word whose bit is 0 to all-zero bits (+0.0), in place.
 
-    ``words`` has shape (size,) and an unsigned dtype. A selection, not a product: -1.5 x 0 is -0.0.
+    ``words`` has an unsigned dtype and shape (size,), or is the part of it that begins at
+    ``start``, a multiple of 8. A selection, not a product: -1.5 x 0 is -0.0.
     """
+    packed = mask.packed[start // 8 :]
     table = _WORDS[words.dtype.itemsize]
-    buffer = np.empty((_BLOCK, 8), dtype=table.dtype)
     whole = words.size // 8
-    for start in range(0, whole, _BLOCK):
-        stop = min(start + _BLOCK, whole)
-        lanes = np.take(
-            table, mask.packed[start:stop], axis=0, out=buffer[: stop - start], mode="clip"
-        )
-        block = words[start * 8 : stop * 8].reshape(-1, 8)
+    buffer = np.empty((min(_BLOCK, whole), 8), dtype=table.dtype)
+    for first in range(0, whole, _BLOCK):
+        part = packed[first : min(first + _BLOCK, whole)]
+        lanes = np.take(table, part, axis=0, out=buffer[: part.size], mode="clip")
+        block = words[first * 8 : (first + part.size) * 8].reshape(-1, 8)
         np.bitwise_and(block, lanes, out=block)
     if whole * 8 < words.size:
-        words[whole * 8 :] &= table[mask.packed[whole]][: words.size - whole * 8]
+        words[whole * 8 :] &= table[packed[whole]][: words.size - whole * 8]
 
 
 def scatter(words: npt.NDArray[Any], mask: Mask, values: npt.NDArray[Any]) -> None:

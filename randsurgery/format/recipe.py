@@ -50,7 +50,7 @@ MAX_NAME = 400
 MAX_PAYLOAD_NAME = 500  # MEMBER/TENSOR/SLOT: 64 + 1 + 400 + 1 + at most 20
 
 
-def check_tensor_name(name: str, limit: int = MAX_NAME) -> str:
+def check_tensor_name(name: str, *, limit: int = MAX_NAME) -> str:
     """A name that can be printed and can never be taken for a path. Raises ValueError."""
     if not 1 <= len(name) <= limit or not name.isprintable() or not name.isascii():
         raise ValueError(

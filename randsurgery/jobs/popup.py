@@ -120,7 +120,8 @@ def _default_output(plan: PopupPlan, dataset: DatasetSpec) -> str:
     stem = Path(plan.source.name).stem if plan.source.is_file else plan.source.name
     data = dataset.name.replace("/", "-").removeprefix("torch-")
     kind = "popup" if plan.popup.mask == "learned" else "random-mask"
-    return f"{stem}-{data}-{kind}-k{plan.popup.k}.safetensors"
+    k = str(plan.popup.k).replace("/", "-")
+    return f"{stem}-{data}-{kind}-k{k}.safetensors"
 
 
 def _check_patterns(checkpoint: Checkpoint, wanted: popup.Popup) -> None:

@@ -124,12 +124,22 @@ def _create(spec: ModelSpec) -> nn.Module:
 
 
 class _NoDrawing(TorchFunctionMode):
-    """Skips random initialisation: values on meta mean nothing, and drawing none is slow there."""
+    """Skips initialisation: values on meta mean nothing, and setting them takes the most time."""
 
-    skipped = (torch.Tensor.normal_, torch.Tensor.uniform_)
+    skipped = frozenset(
+        (
+            torch.Tensor.normal_,
+            torch.Tensor.uniform_,
+            torch.Tensor.zero_,
+            torch.Tensor.fill_,
+            nn.init.kaiming_uniform_,
+        )
+    )
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return args[0] if func in self.skipped else func(*args, **(kwargs or {}))
+        if func in self.skipped and args:
+            return args[0]
+        return func(*args, **(kwargs or {}))
 
 
 def build_meta(spec: ModelSpec) -> nn.Module:

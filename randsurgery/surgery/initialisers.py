@@ -9,6 +9,7 @@ weights that is kept.
 from __future__ import annotations
 
 import math
+import re
 from fractions import Fraction
 from typing import Literal, get_args
 
@@ -66,6 +67,8 @@ def check_init(name: str) -> Init:
 def parse_fraction(text: str | float | Fraction, what: str) -> Fraction:
     """A share in (0, 1] as an exact number: 0.9 is nine tenths, not the float beside it."""
     try:
+        if re.search(r"[eE][+-]?\d{4}", str(text)):
+            raise ValueError  # an exact power of ten would take all memory
         value = text if isinstance(text, Fraction) else Fraction(str(text).strip())
     except (ValueError, ZeroDivisionError):
         raise UsageError(f"{what} must be a number in (0, 1], found {str(text)!r:.60}") from None

@@ -10,14 +10,13 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, Literal, get_args
 
-import numpy as np
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
 from randsurgery.errors import IncompatibleError, UsageError
 from randsurgery.format.generator import generate
-from randsurgery.format.masks import Mask
+from randsurgery.format.masks import Mask, popcount
 from randsurgery.format.tensors import f32
 from randsurgery.surgery.initialisers import kept_count, parse_fraction
 from randsurgery.surgery.roles import (
@@ -150,8 +149,16 @@ class PopupScores(nn.Module):
 
 
 def attached(model: nn.Module) -> dict[str, PopupScores]:
-    """The popup scores of a module by tensor name (``layer1.0.conv1.weight``)."""
-    return {layer.tensor_name: layer for layer in model.modules() if isinstance(layer, PopupScores)}
+    """The popup scores of a module by tensor name (``layer1.0.conv1.weight``).
+
+    The name is the place in ``model``: a shared layer appears under each of its names, scores
+    attached to a part under the whole's.
+    """
+    return {
+        place.replace("parametrizations.", "").rpartition(".")[0]: layer
+        for place, layer in model.named_modules(remove_duplicate=False)
+        if isinstance(layer, PopupScores)
+    }
 
 
 Target = tuple[str, nn.Module, str]
@@ -168,7 +175,11 @@ def resolve(model: nn.Module, popup: Popup) -> tuple[list[Target], set[str]]:
     targets = [t for t in masked_weights(model) if t[0] not in left_out]
     if not targets:
         raise UsageError("no convolution or linear layer is left to mask")
-    for name, module, _leaf in targets:
+    for name, module, leaf in targets:
+        if leaf not in module._parameters:
+            raise IncompatibleError(
+                f"{name}.{leaf} has a parametrization already; remove it first, or --skip the layer"
+            )
         if isinstance(module, STANDARDISED):
             raise IncompatibleError(
                 f"{name} standardises its weight ({type(module).__name__}), which leaves no zeros "
@@ -184,7 +195,7 @@ def attach(model: nn.Module, popup: Popup) -> nn.Module:
     ``popup.learn`` names. Scores start uniform in ±1/sqrt(fan_in), as Kaiming uniform with
     a = sqrt(5) draws them. Works on any nn.Module. Raises UsageError (a pattern that matches
     nothing, k outside (0, 1], nothing to mask) or IncompatibleError (a weight-standardised
-    convolution).
+    convolution, a weight under another parametrization).
     """
     share = popup.share
     targets, learned = resolve(model, popup)
@@ -235,8 +246,5 @@ def harvest(model: nn.Module) -> dict[str, Mask]:
 
 def flipped_share(before: dict[str, Mask], after: dict[str, Mask]) -> float:
     """The share of mask bits that differ between two harvests of one module."""
-    flips = sum(
-        int(np.bitwise_count(before[name].packed ^ after[name].packed).sum(dtype=np.int64))
-        for name in after
-    )
+    flips = sum(popcount(before[name].packed ^ after[name].packed) for name in after)
     return flips / max(1, sum(mask.size for mask in after.values()))
