@@ -287,6 +287,15 @@ def test_members_share_what_they_do_not_change(written: Path) -> None:
     assert (first["fc.weight"].shape, second["fc.weight"].shape) == ((30, 12), (3, 4))
 
 
+def test_a_resolved_entry_has_the_shared_overlays_before_the_members() -> None:
+    recipe = parse_recipe(json.dumps(everything()[0]), "f")
+    first = recipe.member("first")
+    kinds = [o.kind for o in recipe.resolved(first, "conv.weight").overlays]
+    assert kinds == ["mask", "scale", "mask", "slice"]
+    assert recipe.resolved(recipe.member("second"), "fc.weight").shape == (3, 4)
+    assert recipe.resolved(first, "fc.weight").shape == (30, 12)
+
+
 def test_masked_elements_are_plus_zero(written: Path) -> None:
     with read_checkpoint(written) as checkpoint:
         values = checkpoint.tensor("brain.weight", "first").array
@@ -302,6 +311,17 @@ def test_tensors_in_memory_are_never_changed_in_place() -> None:
     for member in ("first", "second"):
         checkpoint.tensors(member)
     assert {n: t.array.tobytes() for n, t in [*payloads.items(), *base.items()]} == before
+
+
+@pytest.mark.parametrize("dtype", ["F16", "BF16"])
+def test_rounding_to_16_bits_takes_ties_to_even(dtype: str) -> None:
+    rng = np.random.default_rng(0)
+    # every bit pattern of the upper half within F16's range, with lower halves around the ties
+    high = np.concatenate([rng.integers(0x3300, 0x4700, 300), rng.integers(0xB300, 0xC700, 300)])
+    low = np.array([0, 1, 0x0FFF, 0x1000, 0x1001, 0x3000, 0x7FFF, 0x8000, 0x8001, 0xFFFF])
+    values = (high[:, None] << 16 | low).astype("<u4").view("<f4").reshape(-1)
+    expected = b"".join(slow.round_to(dtype, float(value)) for value in values)
+    assert from_f32(dtype, values).tobytes() == expected
 
 
 def test_scaling_gives_one_nan_and_infinities_without_a_warning() -> None:

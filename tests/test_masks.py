@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import format_helpers as slow
 import numpy as np
 import pytest
@@ -112,7 +114,9 @@ def refused(payload: bytes, encoding: str, size: int = SIZE, count: int = COUNT)
     return str(caught.value)
 
 
-@pytest.mark.parametrize(("encoding", "data"), [("bits", PACKED), ("gaps", GAPS)])
+@pytest.mark.parametrize(
+    ("encoding", "data"), [("bits", PACKED), ("gaps", GAPS)], ids=["bits", "gaps"]
+)
 def test_bytes_around_the_deflate_stream_are_refused(encoding: str, data: bytes) -> None:
     sound = slow.deflate(data)
     decode(sound, encoding, SIZE, COUNT)
@@ -130,7 +134,12 @@ def test_garbage_is_refused() -> None:
 @pytest.mark.parametrize("encoding", ["bits", "gaps"])
 def test_inflating_stops_at_the_size_of_the_tensor(encoding: str) -> None:
     bomb = slow.deflate(bytes(50_000_000))
-    assert "inflates to more than" in refused(bomb, encoding)
+    tracemalloc.start()
+    try:
+        assert "inflates to more than" in refused(bomb, encoding)
+        assert tracemalloc.get_traced_memory()[1] < 2_000_000
+    finally:
+        tracemalloc.stop()
     assert "inflates to more than" in refused(slow.deflate(PACKED + b"\0"), "bits")
 
 

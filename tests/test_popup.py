@@ -196,7 +196,9 @@ def test_the_mask_follows_an_optimiser_step_and_data_edits() -> None:
     assert is_current()
     before = model.weight.detach().clone()
     optimizer = torch.optim.SGD([layer.scores], lr=100.0)
-    (model(images) * torch.randn(10, 10, generator=torch.Generator().manual_seed(0))).sum().backward()
+    (
+        model(images) * torch.randn(10, 10, generator=torch.Generator().manual_seed(0))
+    ).sum().backward()
     optimizer.step()
     assert not torch.equal(model.weight, before)  # read without a forward, too
     assert is_current()

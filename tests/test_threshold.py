@@ -207,9 +207,7 @@ def test_any_sequence_of_scores_selects_the_twins_set(data: st.DataObject) -> No
 def test_a_bracket_that_still_holds_needs_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     passes: list[int] = []
     whole = threshold._mask_from
-    monkeypatch.setattr(
-        threshold, "_mask_from", lambda *args: (passes.append(1), whole(*args))[1]
-    )
+    monkeypatch.setattr(threshold, "_mask_from", lambda *args: (passes.append(1), whole(*args))[1])
     monkeypatch.setattr(threshold, "_rank", _counted(threshold._rank, passes, 100))
     scores, weight = torch.randn(10_000, generator=draw(0)), torch.ones(10_000)
     bracket = Bracket()

@@ -159,8 +159,8 @@ def popup(
         force=force,
     )
     job = prepare_popup(plan)
-    if job.fell_back:
-        note("no dataset given: training on digits (scikit-learn's 8x8 scans, shown at 32x32)")
+    for line in job.notes:
+        note(line)
     if dry_run:
         _show_plan(job, json)
         return

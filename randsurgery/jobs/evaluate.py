@@ -9,8 +9,7 @@ from randsurgery.format.checkpoint import (
 from randsurgery.format.recipe import (
     DatasetSpec,
 )
-from randsurgery.jobs.inputs import DataOptions, look_for, opener, pick_device, resolve_dataset
-from randsurgery.jobs.sources import SourceSpec, architecture_name
+from randsurgery.jobs.inputs import DataOptions, look_for_file, opener, pick_device, resolve_dataset
 from randsurgery.surgery.bases import read_base
 from randsurgery.surgery.modules import build
 from randsurgery.training.evaluate import Evaluation, evaluate
@@ -33,9 +32,7 @@ def run_eval(
     with read_checkpoint(file, base=tensors) as checkpoint:
         who, recipe = checkpoint.member(member), checkpoint.recipe
         dataset, fell_back = resolve_dataset(options.dataset, options.data_dir, who.dataset)
-        look = recipe.input or look_for(
-            SourceSpec(architecture_name(recipe)), dataset.name, options
-        )
+        look = look_for_file(recipe, dataset.name, options)
         data = opener(dataset, look, options, where, workers)("test")
         classes = who.head.classes if who.head else 0
         if classes and len(data.classes) > classes:

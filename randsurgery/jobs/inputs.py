@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import timm
 import torch
@@ -16,10 +15,12 @@ from randsurgery.format.checkpoint import (
 from randsurgery.format.recipe import (
     DatasetSpec,
     InputSpec,
+    ModelSpec,
+    Recipe,
 )
-from randsurgery.jobs.sources import SourceSpec
+from randsurgery.jobs.sources import SourceSpec, architecture_name
 from randsurgery.surgery.architectures import ArgValue, build_meta, check_name, spec_of
-from randsurgery.training.data import Data, open_data
+from randsurgery.training.data import Data, Split, open_data
 from randsurgery.training.settings import input_for
 
 
@@ -73,14 +74,35 @@ def look_for(source: SourceSpec, dataset: str, options: DataOptions) -> InputSpe
     return input_for(dataset, cfg.to_dict() if cfg else {}, options.img_size, options.in_chans)
 
 
-def takes_img_size(source: SourceSpec, size: int) -> bool:
+def look_for_file(recipe: Recipe, dataset: str, options: DataOptions) -> InputSpec:
+    """Preprocessing for a network in a file: as recorded, else as the dataset looks, at the image
+    size the network was built for if it was built for one."""
+    if recipe.input is not None:
+        return recipe.input
+    name = architecture_name(recipe)
+    assert recipe.model is not None
+    size, channels = recipe.model.args.get("img_size"), recipe.model.args.get("in_chans", 3)
+    native = native_size(name)
+    if size is None and takes_img_size(recipe.model, native + 32):
+        size = native
+    fixed = replace(
+        options,
+        img_size=options.img_size or (size if isinstance(size, int) else None),
+        in_chans=channels if isinstance(channels, int) else None,
+    )
+    return look_for(SourceSpec(name), dataset, fixed)
+
+
+def native_size(arch: str) -> int:
+    """The image size an architecture is built for unless told otherwise, in pixels."""
+    cfg = timm.get_pretrained_cfg(arch, allow_unregistered=True)
+    return int(cfg.input_size[-1]) if cfg else 224
+
+
+def takes_img_size(model: ModelSpec, size: int) -> bool:
     """True if the architecture must be told the image size (position embeddings, windows)."""
-    cfg = timm.get_pretrained_cfg(source.name.partition(".")[0], allow_unregistered=True)
-    native = cfg.input_size[-1] if cfg else size
-    if native == size:
-        return False
     try:
-        build_meta(spec_of(source.name.partition(".")[0], {**source.args, "img_size": size}))
+        build_meta(model.model_copy(update={"args": {**model.args, "img_size": size}}))
     except IncompatibleError:
         return False
     return True
@@ -88,8 +110,10 @@ def takes_img_size(source: SourceSpec, size: int) -> bool:
 
 def opener(
     dataset: DatasetSpec, look: InputSpec, options: DataOptions, device: torch.device, workers: int
-) -> Callable[[Any], Data]:
-    def open_split(split: Any) -> Data:
+) -> Callable[[Split], Data]:
+    """A function that opens a split, "train" or "test", of one dataset."""
+
+    def open_split(split: Split) -> Data:
         return open_data(
             dataset,
             look,
@@ -119,9 +143,11 @@ def describe(
 
 
 def model_arguments(source: SourceSpec, look: InputSpec, classes: int) -> dict[str, ArgValue]:
+    """The architecture's arguments for these images and classes."""
     args: dict[str, ArgValue] = {"num_classes": classes, **source.args}
     if look.channels != 3:
         args["in_chans"] = look.channels
-    if "img_size" not in args and takes_img_size(replace(source, args=args), look.size[0]):
-        args["img_size"] = look.size[0]
-    return args
+    arch, size = source.name.partition(".")[0], look.size[0]
+    if "img_size" in args or size == native_size(arch):
+        return args
+    return {**args, "img_size": size} if takes_img_size(spec_of(arch, args), size) else args

@@ -23,13 +23,14 @@ from randsurgery.jobs.inputs import (
     DataOptions,
     describe,
     look_for,
+    look_for_file,
     model_arguments,
     opener,
     pick_device,
     resolve_dataset,
 )
 from randsurgery.jobs.records import keep_base, metrics_file, metrics_path, with_provenance
-from randsurgery.jobs.sources import SourceSpec, architecture_name, open_source
+from randsurgery.jobs.sources import SourceSpec, open_source
 from randsurgery.surgery import popup
 from randsurgery.surgery.architectures import build_meta
 from randsurgery.surgery.initialisers import kept_count
@@ -37,6 +38,8 @@ from randsurgery.surgery.modules import build, harvest, with_head
 from randsurgery.training.data import Data
 from randsurgery.training.loop import Hooks, Record, fit
 from randsurgery.training.settings import TrainSettings, defaults_for
+
+FELL_BACK = "no dataset given: using digits (scikit-learn's 8x8 scans, shown at 32x32)"
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,7 @@ class Prepared:
     plan: PopupPlan
     checkpoint: Checkpoint
     dataset: DatasetSpec
-    fell_back: bool
+    notes: tuple[str, ...]  # what was decided for the user
     train: Data
     test: Data
     settings: TrainSettings
@@ -92,21 +95,22 @@ def prepare_popup(plan: PopupPlan) -> Prepared:
     device = pick_device(plan.device)
     settings = _settings(plan, dataset)
     if recorded is not None:
-        look = recorded.recipe.input or look_for(
-            replace(source, name=architecture_name(recorded.recipe)), dataset.name, plan.data
-        )
+        look = look_for_file(recorded.recipe, dataset.name, plan.data)
     else:
         look = look_for(source, dataset.name, plan.data)
     open_split = opener(dataset, look, plan.data, device, settings.workers)
     train, test = open_split("train"), open_split("test")
     classes = plan.data.num_classes or len(train.classes)
+    notes = [FELL_BACK] if fell_back else []
     if recorded is not None:
         checkpoint = with_head(recorded, classes)
+        if checkpoint is not recorded:
+            notes.append(f"the classifier is drawn anew for the dataset's {classes} classes")
     else:
         checkpoint = open_source(replace(source, args=model_arguments(source, look, classes)))
     checkpoint = describe(checkpoint, look, dataset, train.classes, classes)
     _check_patterns(checkpoint, plan.popup)
-    return Prepared(plan, checkpoint, dataset, fell_back, train, test, settings, device, output)
+    return Prepared(plan, checkpoint, dataset, tuple(notes), train, test, settings, device, output)
 
 
 def _settings(plan: PopupPlan, dataset: DatasetSpec) -> TrainSettings:
