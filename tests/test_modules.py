@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +22,13 @@ from torch.nn.utils import parametrizations
 
 import randsurgery as rs
 from randsurgery.errors import FileFormatError, IncompatibleError, UsageError
-from randsurgery.format.checkpoint import Checkpoint, payload_names
+from randsurgery.format.checkpoint import Checkpoint, Memory, payload_names, read_checkpoint
+from randsurgery.format.container import Container
 from randsurgery.format.recipe import Member
 from randsurgery.inspection.storage import storage
 from randsurgery.jobs.export import self_contained
 from randsurgery.jobs.sources import SourceSpec, flatten, open_source
-from randsurgery.surgery.bases import read_base
+from randsurgery.surgery.bases import Base, read_base
 from randsurgery.surgery.modules import build, harvest, with_head
 from randsurgery.surgery.popup import Popup, attach, attached
 from randsurgery.surgery.recipes import make_recipe, make_recipe_on_base
@@ -199,7 +203,7 @@ def test_scores_are_kept_when_asked_for(tmp_path: Path) -> None:
     without, kept = tmp_path / "without.safetensors", tmp_path / "with.safetensors"
     rs.save(without, recipe, model)
     rs.save(kept, recipe, model, scores=True)
-    with rs.api.read_checkpoint(kept) as found:
+    with read_checkpoint(kept) as found:
         for name, layer in attached(model).items():
             assert np.array_equal(found.scores(name), layer.scores.detach().numpy())
     assert not rs.read_recipe(without).member().scores
@@ -279,8 +283,22 @@ def base_file(tmp_path: Path) -> Path:
     return save_dense(tmp_path / "dense.safetensors", dense(num_classes=10).state_dict())
 
 
+@contextlib.contextmanager
+def base_at(file: Path) -> Iterator[Base]:
+    found = read_base(file)
+    with contextlib.ExitStack() as stack:
+        if isinstance(found.tensors, Container):
+            stack.enter_context(found.tensors)
+        yield found
+
+
 def on_base(file: Path, **args: Any) -> Checkpoint:
-    return make_recipe_on_base("test_resnet", read_base(file), args={"num_classes": 10, **args})
+    """A network on a base that is held in memory."""
+    args = {"num_classes": 10, **args}
+    with base_at(file) as base:
+        names = list(base.names)
+        held = Memory({name: base.tensors.read(name) for name in names})
+        return make_recipe_on_base("test_resnet", replace(base, tensors=held), args=args)
 
 
 def test_a_network_on_a_base_is_the_base(base_file: Path) -> None:
@@ -351,9 +369,11 @@ def test_a_base_is_found_beside_the_file_or_given(base_file: Path, tmp_path: Pat
 
 def test_a_wrong_base_is_named_with_both_identities(base_file: Path, tmp_path: Path) -> None:
     saved = write(tmp_path / "net.safetensors", on_base(base_file))
-    right = read_base(base_file).identity
+    with base_at(base_file) as base:
+        right = base.identity
     wrong_file = save_dense(tmp_path / "wrong.safetensors", dense(1, num_classes=10).state_dict())
-    wrong = read_base(wrong_file).identity
+    with base_at(wrong_file) as base:
+        wrong = base.identity
     base_file.unlink()
     with pytest.raises(IncompatibleError) as caught:
         rs.load(saved, base=wrong_file)
@@ -365,8 +385,8 @@ def test_a_wrong_base_is_named_with_both_identities(base_file: Path, tmp_path: P
 
 
 def test_a_base_of_another_architecture_is_refused(base_file: Path, tmp_path: Path) -> None:
-    with pytest.raises(IncompatibleError, match="not one of test_vit"):
-        make_recipe_on_base("test_vit", read_base(base_file))
+    with base_at(base_file) as base, pytest.raises(IncompatibleError, match="not one of test_vit"):
+        make_recipe_on_base("test_vit", base)
     state = dense(num_classes=10).state_dict()
     del state["bn1.weight"]
     fewer = save_dense(tmp_path / "fewer.safetensors", state)
@@ -379,13 +399,14 @@ def test_a_base_of_another_architecture_is_refused(base_file: Path, tmp_path: Pa
 
 def test_a_file_of_this_format_is_no_dense_checkpoint(tmp_path: Path) -> None:
     saved = write(tmp_path / "net.safetensors", conv2())
-    with pytest.raises((FileFormatError, IncompatibleError)):
-        make_recipe_on_base("conv2", read_base(saved), args=CONV2)
+    with pytest.raises(FileFormatError, match="pass it as the source"):
+        read_base(saved)
 
 
 def test_a_self_contained_file_needs_no_base(base_file: Path, tmp_path: Path) -> None:
     saved = write(tmp_path / "net.safetensors", on_base(base_file))
-    whole = write(tmp_path / "whole.safetensors", self_contained(read(saved)))
+    with read_checkpoint(saved) as found:
+        whole = write(tmp_path / "whole.safetensors", self_contained(found))
     base_file.unlink()
     assert_same_state(rs.load(whole).state_dict(), dense(num_classes=10).state_dict())
     assert rs.read_recipe(whole).bases == {}

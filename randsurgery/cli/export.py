@@ -47,10 +47,11 @@ def export(
         base=base,
         force=force,
     )
-    if dry_run:
-        note(f"would write {plan.target}")
-        return
-    written = job.run(plan)
+    with plan.checkpoint:
+        if dry_run:
+            note(f"would write {plan.target}")
+            return
+        written = job.run(plan)
     if json:
         print_json({"path": str(plan.target), "bytes": written, "load": plan.how_to_load})
         return

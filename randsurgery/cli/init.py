@@ -56,11 +56,11 @@ def init(
         args=args,
     )
     path = job.init_output(spec, output, force=force)
-    made = job.prepare_init(spec)
-    if dry_run:
-        note(f"would write {path}: {len(made.recipe.tensors)} tensors")
-        return
-    job.run_init(made, path, force=force)
+    with job.prepare_init(spec) as made:
+        if dry_run:
+            note(f"would write {path}: {len(made.recipe.tensors)} tensors")
+            return
+        job.run_init(made, path, force=force)
     report = storage(path)
     if json:
         print_json({"path": str(path), "bytes": report.bytes, "dense_bytes": report.dense_bytes})

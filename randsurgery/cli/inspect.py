@@ -49,9 +49,9 @@ def verify(
 
     tensors: object = base
     if base is not None and not base.endswith(".safetensors"):
-        from randsurgery.surgery.bases import read_base  # .pth needs torch
+        from randsurgery.surgery.bases import given_base  # .pth needs torch
 
-        tensors = read_base(base).tensors
+        tensors = given_base(base)
     report = verify_file(file, base=tensors)  # type: ignore[arg-type]
     if json:
         print_json(report.to_json())

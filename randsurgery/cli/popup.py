@@ -161,10 +161,11 @@ def popup(
     job = prepare_popup(plan)
     for line in job.notes:
         note(line)
-    if dry_run:
-        _show_plan(job, json)
-        return
-    _run(job, json)
+    with job.checkpoint:
+        if dry_run:
+            _show_plan(job, json)
+        else:
+            _run(job, json)
 
 
 def _show_plan(job: Any, json: bool) -> None:

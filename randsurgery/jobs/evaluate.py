@@ -10,7 +10,7 @@ from randsurgery.format.recipe import (
     DatasetSpec,
 )
 from randsurgery.jobs.inputs import DataOptions, look_for_file, opener, pick_device, resolve_dataset
-from randsurgery.surgery.bases import read_base
+from randsurgery.surgery.bases import given_base
 from randsurgery.surgery.modules import build
 from randsurgery.training.evaluate import Evaluation, evaluate
 
@@ -27,9 +27,8 @@ def run_eval(
     device: str = "auto",
 ) -> tuple[Evaluation, DatasetSpec, bool]:
     """Evaluate one member of a file on a test split, with its recorded preprocessing."""
-    tensors = read_base(base).tensors if base else None
     where = pick_device(device)
-    with read_checkpoint(file, base=tensors) as checkpoint:
+    with read_checkpoint(file, base=given_base(base)) as checkpoint:
         who, recipe = checkpoint.member(member), checkpoint.recipe
         dataset, fell_back = resolve_dataset(options.dataset, options.data_dir, who.dataset)
         look = look_for_file(recipe, dataset.name, options)

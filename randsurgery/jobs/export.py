@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import tempfile
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from randsurgery.format.checkpoint import (
 from randsurgery.format.container import check_output, pack, write_atomically
 from randsurgery.format.rebuild import payload_name
 from randsurgery.format.recipe import BaseSource, Member, MemberTensor, Recipe, StoredSource
-from randsurgery.surgery.bases import read_base
+from randsurgery.surgery.bases import given_base
 
 KINDS = ("dense", "timm", "self-contained")
 
@@ -40,23 +41,33 @@ class Export:
 def prepare(
     file: str, output: str | None, *, kind: str, member: str | None, base: str | None, force: bool
 ) -> Export:
-    """Check input and target. Raises RandsurgeryError; writes nothing."""
+    """Check input and target. Raises RandsurgeryError; writes nothing.
+
+    The export's checkpoint is to be closed by the caller.
+    """
     if kind not in KINDS:
         raise UsageError(f"unknown --format {kind!r}, expected dense or timm")
-    checkpoint = read_checkpoint(file, base=read_base(base).tensors if base else None)
-    who = checkpoint.member(member)
-    stem = Path(file).stem
-    if kind == "timm":
-        target = Path(output or f"{stem}-timm")
-        if checkpoint.recipe.model is None:
-            raise IncompatibleError("the file names no architecture, so there is no timm export")
-        if target.exists() and (not target.is_dir() or any(target.iterdir())) and not force:
-            raise OutputError(f"{target}: exists already; choose another --output or pass --force")
-        check_output(target.with_name(target.name + ".tmp"), force=True)
-    else:
-        target = check_output(output or f"{stem}-{kind}.safetensors", force=force)
-    load = _how_to_load(checkpoint.recipe, who, kind, target)
+    with contextlib.ExitStack() as stack:
+        checkpoint = stack.enter_context(read_checkpoint(file, base=given_base(base)))
+        who = checkpoint.member(member)
+        target = _target(checkpoint, output, Path(file).stem, kind, force)
+        load = _how_to_load(checkpoint.recipe, who, kind, target)
+        stack.pop_all()
     return Export(checkpoint, who, kind, target, load, force)
+
+
+def _target(checkpoint: Checkpoint, output: str | None, stem: str, kind: str, force: bool) -> Path:
+    if kind != "timm":
+        return check_output(output or f"{stem}-{kind}.safetensors", force=force)
+    target = Path(output or f"{stem}-timm")
+    if checkpoint.recipe.model is None:
+        raise IncompatibleError("the file names no architecture, so there is no timm export")
+    if target.exists() and not target.is_dir():
+        raise OutputError(f"{target}: is a file, a folder is needed")
+    if target.exists() and any(target.iterdir()) and not force:
+        raise OutputError(f"{target}: exists already; choose another --output or pass --force")
+    check_output(target.with_name(target.name + ".tmp"), force=True)
+    return target
 
 
 def _how_to_load(recipe: Recipe, member: Member, kind: str, target: Path) -> str:

@@ -139,7 +139,7 @@ def describe(
     labels = names if len(names) == classes else None
     member = member.model_copy(update={"dataset": dataset, "classes": labels})
     recipe = checkpoint.recipe.model_copy(update={"input": look, "members": (member,)})
-    return Checkpoint(recipe, checkpoint.payloads, checkpoint.bases)
+    return replace(checkpoint, recipe=recipe)
 
 
 def model_arguments(source: SourceSpec, look: InputSpec, classes: int) -> dict[str, ArgValue]:

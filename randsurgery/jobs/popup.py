@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -82,10 +83,22 @@ class Result:
 
 
 def prepare_popup(plan: PopupPlan) -> Prepared:
-    """Check everything a popup job needs. Raises RandsurgeryError; writes nothing."""
+    """Check everything a popup job needs. Raises RandsurgeryError; writes nothing.
+
+    The job's checkpoint is to be closed by the caller.
+    """
+    with contextlib.ExitStack() as stack:
+        job = _prepare(plan, stack)
+        stack.pop_all()
+    return job
+
+
+def _prepare(plan: PopupPlan, stack: contextlib.ExitStack) -> Prepared:
     _ = plan.popup.share
     source = plan.source
-    recorded: Checkpoint | None = open_source(source) if source.is_file else None
+    recorded: Checkpoint | None = None
+    if source.is_file:
+        recorded = stack.enter_context(open_source(source))
     member = recorded.member() if recorded else None
     dataset, fell_back = resolve_dataset(
         plan.data.dataset, plan.data.data_dir, member.dataset if member else None
@@ -107,7 +120,8 @@ def prepare_popup(plan: PopupPlan) -> Prepared:
         if checkpoint is not recorded:
             notes.append(f"the classifier is drawn anew for the dataset's {classes} classes")
     else:
-        checkpoint = open_source(replace(source, args=model_arguments(source, look, classes)))
+        args = model_arguments(source, look, classes)
+        checkpoint = stack.enter_context(open_source(replace(source, args=args)))
     checkpoint = describe(checkpoint, look, dataset, train.classes, classes)
     _check_patterns(checkpoint, plan.popup)
     return Prepared(plan, checkpoint, dataset, tuple(notes), train, test, settings, device, output)

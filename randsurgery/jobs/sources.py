@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from dataclasses import dataclass, field
 from fractions import Fraction
 
 from randsurgery.errors import IncompatibleError, UsageError
-from randsurgery.format.checkpoint import (
-    Checkpoint,
-    Memory,
-    read_checkpoint,
-    step_payloads,
-)
+from randsurgery.format.checkpoint import Checkpoint, Memory, read_checkpoint, step_payloads
+from randsurgery.format.container import Container
 from randsurgery.format.rebuild import payload_name, sentence
 from randsurgery.format.recipe import (
     SHARED,
@@ -24,7 +21,7 @@ from randsurgery.format.recipe import (
     StoredSource,
 )
 from randsurgery.surgery.architectures import ArgValue, check_name
-from randsurgery.surgery.bases import pretrained_base, read_base
+from randsurgery.surgery.bases import given_base, pretrained_base, read_base
 from randsurgery.surgery.initialisers import Init
 from randsurgery.surgery.recipes import make_recipe, make_recipe_on_base
 
@@ -53,24 +50,44 @@ class SourceSpec:
 
 
 def open_source(spec: SourceSpec) -> Checkpoint:
-    """The network as a checkpoint in memory, all in shared entries. Raises RandsurgeryError."""
-    if spec.is_file:
-        if spec.pretrained or spec.checkpoint:
-            raise UsageError("--pretrained and --checkpoint go with an architecture, not a file")
-        base = read_base(spec.base).tensors if spec.base else None
-        return flatten(read_checkpoint(spec.name, base=base))
+    """The network as a checkpoint in memory, all in shared entries. Raises RandsurgeryError.
+
+    Only a base may still lie in a file, which the checkpoint's ``close`` closes.
+    """
+    if spec.is_file and (spec.pretrained or spec.checkpoint):
+        raise UsageError("--pretrained and --checkpoint go with an architecture, not a file")
     if spec.pretrained and spec.checkpoint:
         raise UsageError("--pretrained and --checkpoint exclude each other")
+    if spec.is_file:
+        return _open_file(spec)
     if spec.pretrained or spec.checkpoint:
-        arch = spec.name.partition(".")[0]
-        check_name(arch)
-        found = read_base(spec.checkpoint) if spec.checkpoint else pretrained_base(spec.name)
-        return make_recipe_on_base(
-            arch, found, spec.init, seed=spec.seed, scaled_for=spec.scaled_for, args=spec.args
-        )
+        return _open_dense(spec)
     return make_recipe(
         spec.name, spec.init, seed=spec.seed, scaled_for=spec.scaled_for, args=spec.args
     )
+
+
+def _open_file(spec: SourceSpec) -> Checkpoint:
+    with contextlib.ExitStack() as stack:
+        found = stack.enter_context(read_checkpoint(spec.name, base=given_base(spec.base)))
+        flat = flatten(found)
+        stack.pop_all()
+    if isinstance(found.payloads, Container):
+        found.payloads.__exit__()  # its payloads have been copied
+    return flat
+
+
+def _open_dense(spec: SourceSpec) -> Checkpoint:
+    arch = check_name(spec.name.partition(".")[0])
+    base = read_base(spec.checkpoint) if spec.checkpoint else pretrained_base(spec.name)
+    with contextlib.ExitStack() as stack:
+        if isinstance(base.tensors, Container):
+            stack.enter_context(base.tensors)
+        made = make_recipe_on_base(
+            arch, base, spec.init, seed=spec.seed, scaled_for=spec.scaled_for, args=spec.args
+        )
+        stack.pop_all()
+    return made
 
 
 def flatten(checkpoint: Checkpoint, member: str | None = None) -> Checkpoint:
@@ -100,7 +117,7 @@ def flatten(checkpoint: Checkpoint, member: str | None = None) -> Checkpoint:
     recipe = checkpoint.recipe.model_copy(
         update={"tensors": entries, "members": (fresh,), "backbone_id": None}
     )
-    return Checkpoint(recipe, payloads, checkpoint.bases)
+    return Checkpoint(recipe, payloads, checkpoint.bases, opened=checkpoint.opened)
 
 
 def architecture_name(recipe: Recipe) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ import timm
 import torch
 
 from randsurgery.errors import FileFormatError, IncompatibleError
-from randsurgery.format.checkpoint import Memory, identity
+from randsurgery.format.checkpoint import Memory, identity, is_checkpoint
 from randsurgery.format.container import Container
 from randsurgery.format.rebuild import Payloads
 from randsurgery.surgery.tensors import from_torch
@@ -36,16 +37,30 @@ class Base:
 def read_base(path: str | os.PathLike[str]) -> Base:
     """Open a dense checkpoint. Raises FileFormatError."""
     file = Path(path)
-    tensors: Payloads
-    if file.suffix == ".safetensors":
-        tensors = Container(file)
-        names = tuple(sorted(tensors.infos))
-    else:
+    if file.suffix != ".safetensors":
         memory = Memory({k: from_torch(v, k) for k, v in _read_pickle(file).items()})
-        tensors, names = memory, tuple(sorted(memory))
-    if not names:
-        raise FileFormatError(f"{file.name}: holds no tensor")
-    return Base(tensors, names, identity(names, tensors), file.name)
+        names = tuple(sorted(memory))
+        return Base(memory, names, identity(names, memory), file.name)
+    with contextlib.ExitStack() as stack:
+        container = stack.enter_context(Container(file))
+        if is_checkpoint(container):
+            raise FileFormatError(
+                f"{file.name}: a randsurgery file, not dense weights; pass it as the source, or "
+                "export it first"
+            )
+        names = tuple(sorted(container.infos))
+        if not names:
+            raise FileFormatError(f"{file.name}: holds no tensor")
+        found = Base(container, names, identity(names, container), file.name)
+        stack.pop_all()
+    return found
+
+
+def given_base(path: str | os.PathLike[str] | None) -> Payloads | str | os.PathLike[str] | None:
+    """What ``read_checkpoint`` takes as a base: a safetensors path as it is, else the tensors."""
+    if path is None or Path(path).suffix == ".safetensors":
+        return path
+    return read_base(path).tensors
 
 
 def pretrained_base(name: str) -> Base:
@@ -55,7 +70,8 @@ def pretrained_base(name: str) -> Base:
     weights or they cannot be fetched.
     """
     try:
-        model = timm.create_model(name, pretrained=True)
+        with torch.random.fork_rng(devices=[]):
+            model = timm.create_model(name, pretrained=True)
     except Exception as error:  # network, hub, unknown tag
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else repr(error)
         raise IncompatibleError(f"{name}: pretrained weights cannot be had ({reason})") from None

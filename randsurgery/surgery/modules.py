@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import nn
 
-from randsurgery.errors import IncompatibleError, near
+from randsurgery.errors import IncompatibleError, UsageError, near
 from randsurgery.format import masks
 from randsurgery.format.canonical import digest
 from randsurgery.format.checkpoint import Checkpoint, Memory, finished_bytes, payload_names
@@ -62,12 +63,15 @@ def build(
 
     Without ``model`` the recipe's architecture is built; its size is checked on meta before
     anything is allocated. With ``model`` (for recipes of any nn.Module) the values are copied into
-    it. Raises IncompatibleError if names, shapes or classes do not fit.
+    it. Raises IncompatibleError if names, shapes or classes do not fit, UsageError if ``model`` has
+    popup scores.
     """
     who = checkpoint.member(member)
     recipe = checkpoint.recipe
     check_affordable(finished_bytes(recipe, who), "the checkpoint")
     if model is not None:
+        if popup.attached(model):
+            raise UsageError("the given module has popup scores; pass one without")
         check_fit(recipe, who, model, "the given module")
         _copy_into(model, checkpoint.tensors(who.name, threads))
         return model.eval()
@@ -95,12 +99,12 @@ def _copy_into(model: nn.Module, raw: Mapping[str, RawTensor]) -> None:
 
 def plain_state(model: nn.Module) -> dict[str, torch.Tensor]:
     """The state dict under plain names: masked weights appear unmasked, scores not at all."""
-    state: dict[str, torch.Tensor] = {}
-    for name, tensor in model.state_dict().items():
-        if ".parametrizations." not in f".{name}":
-            state[name] = tensor
-        elif name.endswith(".original"):
-            state[name.replace("parametrizations.", "").removesuffix(".original")] = tensor
+    state = dict(model.state_dict())
+    for name in popup.attached(model):
+        module, _, leaf = name.rpartition(".")
+        inner = f"{module}.parametrizations.{leaf}." if module else f"parametrizations.{leaf}."
+        state[name] = state.pop(inner + "original")
+        del state[inner + "0.scores"]
     return state
 
 
@@ -228,7 +232,8 @@ def with_head(checkpoint: Checkpoint, classes: int) -> Checkpoint:
     tensors = dict(recipe.tensors)
     for name in names:
         entry = recipe.resolved(member, name)
-        if name in member.tensors or entry.source.kind not in ("random", "constant", "hadamard"):
+        drawn = entry.source.kind in ("random", "constant", "hadamard")
+        if not drawn or entry.overlays or name in member.tensors:
             raise IncompatibleError(
                 f"the classifier is learned for {head.classes} classes, {classes} are wanted; "
                 f"pass --num-classes {head.classes} or start from another file"
@@ -243,4 +248,4 @@ def with_head(checkpoint: Checkpoint, classes: int) -> Checkpoint:
         update={"head": head.model_copy(update={"classes": classes}), "classes": None}
     )
     changed = recipe.model_copy(update={"tensors": tensors, "model": spec, "members": (fresh,)})
-    return Checkpoint(changed, checkpoint.payloads, checkpoint.bases)
+    return replace(checkpoint, recipe=changed)

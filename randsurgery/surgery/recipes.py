@@ -12,6 +12,7 @@ from torch import nn
 from randsurgery.errors import IncompatibleError, near
 from randsurgery.format.canonical import digest
 from randsurgery.format.checkpoint import Checkpoint, Memory
+from randsurgery.format.container import Container
 from randsurgery.format.rebuild import payload_name
 from randsurgery.format.recipe import (
     SHARED,
@@ -146,7 +147,9 @@ def _assemble(
         members=(Member(head=head_of(shell, state)),),
         bases=refs,
     )
-    return Checkpoint(recipe, payloads, {key: b.tensors for key, b in (bases or {}).items()})
+    tensors = {key: base.tensors for key, base in (bases or {}).items()}
+    opened = tuple(found for found in tensors.values() if isinstance(found, Container))
+    return Checkpoint(recipe, payloads, tensors, opened=opened)
 
 
 def make_recipe_on_base(
@@ -158,7 +161,7 @@ def make_recipe_on_base(
     scaled_for: Fraction | None = None,
     args: Mapping[str, ArgValue] | None = None,
 ) -> Checkpoint:
-    """A network whose tensors refer to a dense checkpoint.
+    """A network whose tensors refer to a dense checkpoint, which its ``close`` closes.
 
     A classifier of another number of classes is drawn from the seed instead. Raises
     IncompatibleError, both ways: a tensor of the architecture that the base lacks or has in
