@@ -2,7 +2,8 @@
 
 For each name of ``timm.list_models()`` the module is built on meta, every tensor of its state
 dict gets the entry that a random network would have, and the whole becomes a validated recipe.
-What only the architecture's own initialiser can fill counts as ``stored``. Checked besides:
+What only the architecture's own initialiser can fill counts as ``stored``, even where that
+initialiser would give a constant. Checked besides:
 
     names     pass for tensor names; each has an entry of the tensor's own shape and dtype
     weights   of every convolution and linear layer are random, with a fan in above 0
@@ -57,7 +58,7 @@ class Census:
     stored: Counter[str] = field(default_factory=Counter)  # tensors by layer class and own name
     models_with_stored: list[str] = field(default_factory=list)
     standardised: list[str] = field(default_factory=list)
-    no_head: list[str] = field(default_factory=list)
+    no_head: list[str] = field(default_factory=list)  # though the model has classes
     constructor_buffers: list[str] = field(default_factory=list)
     failures: dict[str, str] = field(default_factory=dict)
 
@@ -130,7 +131,7 @@ def _count(name: str, model: nn.Module, recipe: Recipe, census: Census) -> None:
         census.models_with_stored.append(name)
     if any(isinstance(module, STANDARDISED) for module in model.modules()):
         census.standardised.append(name)
-    if recipe.members[0].head is None:
+    if recipe.members[0].head is None and getattr(model, "num_classes", None):
         census.no_head.append(name)
     owners = (model.get_submodule(hidden.rpartition(".")[0]) for hidden in hidden_names(model))
     if not all(hasattr(owner, "init_non_persistent_buffers") for owner in owners):
@@ -171,7 +172,7 @@ def main() -> None:
         stored_tensors_by_layer=dict(census.stored.most_common()),
         models_weight_standardised=len(census.standardised),
         weight_standardised=census.standardised,
-        models_without_head=census.no_head,
+        classifier_not_found=census.no_head,
         models_with_constructor_buffers=census.constructor_buffers,
         seconds=time.perf_counter() - started,
     )

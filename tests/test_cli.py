@@ -17,8 +17,16 @@ import pytest
 import timm
 import torch
 import yaml
-from surgery_helpers import CONV2, assert_same_state, conv2, logits, same_bits, save_dense, write
-from surgery_helpers import write_images
+from surgery_helpers import (
+    CONV2,
+    assert_same_state,
+    conv2,
+    logits,
+    same_bits,
+    save_dense,
+    write,
+    write_images,
+)
 from torch import nn
 from typer.testing import CliRunner, Result
 
@@ -171,7 +179,8 @@ def test_the_random_mask_baseline_runs(here: Path) -> None:
 
 
 def test_popup_continues_from_a_file_with_its_dataset(here: Path) -> None:
-    succeed("init", "conv2", "--width", 0.1, "--num-classes", 10, "--seed", 4, "-o", "b.safetensors")
+    tiny = ("--width", 0.1, "--num-classes", 10)
+    succeed("init", "conv2", *tiny, "--seed", 4, "-o", "b.safetensors")
     result = succeed("popup", "b.safetensors", "--epochs", 1, "-b", 512, "-o", "c.safetensors")
     assert "no dataset given" in result.stderr
     assert rs.read_recipe("c.safetensors").tensors["fc.weight"].source.seed == 4
@@ -188,14 +197,10 @@ def test_popup_over_dense_weights_is_base_and_mask(here: Path) -> None:
             "popup", "test_resnet", "--checkpoint", name, "--epochs", 1, "-b", 512, "-q", "--force",
             "-o", "a.safetensors",
         )  # fmt: skip
-        report = json.loads(
-            succeed("inspect", "storage", "a.safetensors", "--json").stdout
-        )
-        assert {row["source"] for row in report["tensors"]} == {"base"}
+        report = json.loads(succeed("inspect", "storage", "a.safetensors", "--json").stdout)
+        assert {row["source"] for row in report["tensors"] if row["overlays"]} == {"base"}
         assert report["bytes"] < report["dense_bytes"] / 4
-        found = json.loads(
-            succeed("eval", "a.safetensors", "--base", name, "--json", "-q").stdout
-        )
+        found = json.loads(succeed("eval", "a.safetensors", "--base", name, "--json", "-q").stdout)
         assert 0 <= found["accuracy"] <= 1
 
 
@@ -203,7 +208,7 @@ def test_dry_run_trains_and_writes_nothing(here: Path) -> None:
     result = succeed("popup", "conv2", "--width", 0.1, "--k", 0.5, "--dry-run", "--json")
     facts = json.loads(result.stdout)
     assert facts["masked_tensors"] == 5
-    assert facts["kept_weights"] == facts["masked_weights"] // 2
+    assert facts["masked_weights"] / 2 <= facts["kept_weights"] <= facts["masked_weights"] / 2 + 5
     assert facts["train_images"] == 1437
     assert facts["epochs"] == 10
     assert "masked_weights" in succeed("popup", "conv2", "--width", 0.1, "--dry-run").stdout
@@ -236,14 +241,16 @@ def test_a_configuration_file_gives_defaults_and_the_command_line_wins(here: Pat
         ("epoch: 3", "unknown option 'epoch'; near: epochs"),
         ("[1, 2]", "must hold option names"),
         ("a: [", "is not YAML"),
-        ("epochs: many", "'many' is not a valid"),
-        ("epochs: 0", "0 is not in the range"),
+        ("epochs: many", "'--epochs'"),
+        ("epochs: 0", "'--epochs'"),
+        ("init: [a, b]", "unknown --init"),
+        ("\udcff", "is not YAML"),
     ],
 )
 def test_a_configuration_file_that_does_not_fit_is_a_usage_error(
     here: Path, text: str, message: str
 ) -> None:
-    Path("run.yaml").write_text(text)
+    Path("run.yaml").write_bytes(text.encode("utf-8", "surrogateescape"))
     before = listing(here)
     assert message in fails(2, "popup", "conv2", "-c", "run.yaml", *QUICK[:2])
     assert listing(here) == before
@@ -391,15 +398,13 @@ def test_export_checks_first_and_overwrites_only_with_force(net: Path, here: Pat
     assert listing(here) == {"dense.safetensors": b"mine"}
     succeed("export", net, "-o", "dense.safetensors", "--force")
     assert_same_state(
-        timm.create_model(
-            "conv2", checkpoint_path="dense.safetensors", **CONV2
-        ).state_dict(),
+        timm.create_model("conv2", checkpoint_path="dense.safetensors", **CONV2).state_dict(),
         rs.load(net).state_dict(),
     )
 
 
 def test_names_with_markup_are_shown_as_they_are(here: Path) -> None:
-    name = "[red]a[/red] :smile:.safetensors"
+    name = "[red]a[bold] :smile:.safetensors"
     write(here / name, conv2())
     assert name in succeed("inspect", "storage", name).stdout
     assert name in succeed("inspect", "verify", name).stdout
@@ -450,12 +455,14 @@ def test_arguments_that_are_not_allowed_are_usage_errors(
 
 def test_a_model_of_terabytes_is_refused_before_it_is_made(here: Path) -> None:
     started = time.monotonic()
-    huge = ("embed_dim=16384", "depth=1000", "num_heads=16")
+    huge = ("embed_dim=16384", "depth=16", "num_heads=16", "mlp_ratio=64")
     arguments = [part for item in huge for part in ("--model-kwargs", item)]
     assert "GB" in fails(4, "popup", "vit_tiny_patch16_224", *arguments)
-    assert "GB" in fails(4, "popup", "swin_tiny_patch4_window7_224", "--img-size", "7168",
+    assert "GB" in fails(4, "init", "swin_tiny_patch4_window7_224", "--img-size", "7168",
                          "--model-kwargs", "patch_size=1")  # fmt: skip
-    assert "GB" in fails(4, "popup", "conv2", "--width", "64", "--img-size", "8192")
+    assert "GB" in fails(4, "init", "conv2", "--width", "64", "--img-size", "8192")
+    assert "--img-size" in fails(5, "popup", "conv2", "--img-size", "8192")
+    assert "GB" in fails(4, "init", "vit_tiny_patch16_224", *arguments)
     assert time.monotonic() - started < 60
     assert not listing(here)
 
@@ -495,7 +502,7 @@ def test_unreadable_files_are_refused_everywhere(net: Path, here: Path, tmp_path
 
 
 def test_other_parts_that_do_not_belong_together(net: Path, here: Path) -> None:
-    assert "--num-classes 10" in fails(4, "popup", net, "--num-classes", "7", "-o", "o.safetensors")
+    assert "--num-classes 10" in fails(4, "popup", net, "--num-classes", 12, "-o", "o.safetensors")
     model = timm.create_model("test_resnet", num_classes=4)
     save_dense(here / "dense.safetensors", model.state_dict())
     fails(4, "popup", "test_vit", "--checkpoint", "dense.safetensors", "-o", "o.safetensors")
@@ -591,10 +598,13 @@ def test_data_that_is_missing_or_does_not_fit(net: Path, here: Path, tmp_path: P
     message = fails(5, "popup", "conv2", "--dataset", "torch/cifar10", "--data-dir", here)
     assert "--dataset-download" in message
     write_images(tmp_path / "flat", {"a": 2, "b": 2})
-    assert "train" in fails(5, "popup", "conv2", "--data-dir", tmp_path / "flat")
+    assert "no folder 'train'" in fails(5, "popup", "conv2", "--data-dir", tmp_path / "flat")
     many = tmp_path / "many"
     write_images(many, {f"c{i:02}": 1 for i in range(12)})
-    fails(5, "eval", net, "--dataset", "folder", "--data-dir", many)
+    message = fails(5, "eval", net, "--data-dir", many)
+    assert "'c00' is not one of the 10 known classes" in message
+    message = fails(4, "popup", "conv2", "--num-classes", 5)
+    assert "--num-classes 5 is too few" in message
     assert not listing(here)
 
 

@@ -14,8 +14,16 @@ import pytest
 import timm
 import torch
 from surgery_helpers import (
-    CONV2, Everything, assert_same_state, conv2, everything, logits, read, same_bits, save_dense,
-    train_steps, write,
+    Everything,
+    assert_same_state,
+    conv2,
+    everything,
+    logits,
+    read,
+    same_bits,
+    save_dense,
+    train_steps,
+    write,
 )  # fmt: skip
 from torch import nn
 from torch.nn.utils import parametrizations
@@ -74,7 +82,7 @@ def test_what_does_not_fit_is_named_before_anything_changes(tmp_path: Path) -> N
     assert_same_state(other.state_dict(), before)
     other = everything()
     other.more = nn.Linear(2, 2)
-    with pytest.raises(IncompatibleError, match=r"needs 'more\.(bias|weight)', which the file lack"):
+    with pytest.raises(IncompatibleError, match=r"needs 'more\.(bias|weight)', which the file"):
         rs.load(path, model=other)
     fewer = everything()
     del fewer.hidden
@@ -143,7 +151,9 @@ def test_a_bfloat16_module_survives(tmp_path: Path) -> None:
     images = torch.linspace(-1, 1, 2 * 3 * 64).view(2, 3, 8, 8).bfloat16()
     with torch.no_grad():
         assert same_bits(again(images), model.eval()(images))
-    assert {t.dtype for n, t in again.state_dict().items() if "tracked" not in n} == {torch.bfloat16}
+    assert {t.dtype for n, t in again.state_dict().items() if "tracked" not in n} == {
+        torch.bfloat16
+    }
 
 
 def test_values_are_kept_for_what_is_neither_weight_nor_norm(tmp_path: Path) -> None:
@@ -302,9 +312,7 @@ def on_base(file: Path, **args: Any) -> Checkpoint:
 
 
 def test_a_network_on_a_base_is_the_base(base_file: Path) -> None:
-    assert_same_state(
-        build(on_base(base_file)).state_dict(), dense(num_classes=10).state_dict()
-    )
+    assert_same_state(build(on_base(base_file)).state_dict(), dense(num_classes=10).state_dict())
 
 
 def test_popup_over_a_dense_checkpoint_is_stored_as_base_and_mask(base_file: Path) -> None:
@@ -337,9 +345,7 @@ def test_pth_files_are_opened_as_training_programs_write_them(
     recipe = on_base(path)
     assert_same_state(build(recipe).state_dict(), dense(num_classes=10).state_dict())
     saved = write(tmp_path / "net.safetensors", recipe)
-    assert_same_state(
-        rs.load(saved, base=path).state_dict(), dense(num_classes=10).state_dict()
-    )
+    assert_same_state(rs.load(saved, base=path).state_dict(), dense(num_classes=10).state_dict())
 
 
 def test_a_base_of_another_number_of_classes_gets_a_classifier_from_the_seed(
@@ -515,9 +521,7 @@ def test_popup_on_a_file_with_masks_puts_a_mask_on_the_masked_weights(tmp_path: 
 
 def test_threads_change_no_bit() -> None:
     recipe = make_recipe("test_resnet", "kaiming-normal", seed=4)
-    assert_same_state(
-        build(recipe, threads=1).state_dict(), build(recipe, threads=3).state_dict()
-    )
+    assert_same_state(build(recipe, threads=1).state_dict(), build(recipe, threads=3).state_dict())
 
 
 def test_built_modules_are_plain_and_can_be_trained(tmp_path: Path) -> None:

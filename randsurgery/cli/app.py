@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from randsurgery._version import __version__
-from randsurgery.cli import evaluate, export, init, inspect, popup
+from randsurgery.cli import common, evaluate, export, init, inspect, popup
 
 EXIT_CODES = (
     "Exit codes: 0 done; 1 differences found; 2 usage; 3 unreadable or corrupt file; "
@@ -37,7 +37,7 @@ def _program(
         typer.Option("--version", callback=_version, is_eager=True, help="Show the version."),
     ] = False,
 ) -> None:
-    pass
+    common.verbosity.level = 1  # a command's own -q and -v come after this
 
 
 app.command("init")(init.init)

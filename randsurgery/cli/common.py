@@ -110,7 +110,7 @@ def _load_config(context: typer.Context, path: str | None) -> str | None:
             values = yaml.safe_load(file) or {}
     except OSError as error:
         raise typer.BadParameter(f"{path} cannot be read ({error.strerror})") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise typer.BadParameter(f"{path} is not YAML ({str(error).splitlines()[0]})") from None
     if not isinstance(values, dict):
         raise typer.BadParameter(f"{path} must hold option names with values")
@@ -122,6 +122,8 @@ def _load_config(context: typer.Context, path: str | None) -> str | None:
         if name not in known:
             hint = near(name, known)
             raise typer.BadParameter(f"{path} has unknown option {str(key)!r}{hint}")
+        several = getattr(known[name], "multiple", False)
+        value = [value] if several and not isinstance(value, list) else value
         defaults[name] = str(value) if isinstance(value, float) else value
     context.default_map = {**(context.default_map or {}), **defaults}
     return path
@@ -136,7 +138,10 @@ def parse_pairs(items: list[str], what: str) -> dict[str, bool | int | float | s
         key, equals, value = item.partition("=")
         if not equals or not key:
             raise UsageError(f"{what} must be KEY=VALUE, found {item!r}")
-        found[key] = yaml.safe_load(value)
+        try:
+            found[key] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise UsageError(f"{what} {key} has a value that is not YAML: {value!r}") from None
     return found
 
 

@@ -60,7 +60,7 @@ def init(
         if dry_run:
             note(f"would write {path}: {len(made.recipe.tensors)} tensors")
             return
-        job.run_init(made, path, force=force)
+        job.run_init(spec, made, path, force=force)
     report = storage(path)
     if json:
         print_json({"path": str(path), "bytes": report.bytes, "dense_bytes": report.dense_bytes})

@@ -9,6 +9,7 @@ from randsurgery.format.checkpoint import (
 from randsurgery.format.recipe import (
     DatasetSpec,
 )
+from randsurgery.jobs.hub import local_file
 from randsurgery.jobs.inputs import DataOptions, look_for_file, opener, pick_device, resolve_dataset
 from randsurgery.surgery.bases import given_base
 from randsurgery.surgery.modules import build
@@ -27,12 +28,12 @@ def run_eval(
     device: str = "auto",
 ) -> tuple[Evaluation, DatasetSpec, bool]:
     """Evaluate one member of a file on a test split, with its recorded preprocessing."""
-    where = pick_device(device)
+    where, file = pick_device(device), local_file(file)
     with read_checkpoint(file, base=given_base(base)) as checkpoint:
         who, recipe = checkpoint.member(member), checkpoint.recipe
         dataset, fell_back = resolve_dataset(options.dataset, options.data_dir, who.dataset)
         look = look_for_file(recipe, dataset.name, options)
-        data = opener(dataset, look, options, where, workers)("test")
+        data = opener(dataset, look, options, where, workers)("test", who.classes)
         classes = who.head.classes if who.head else 0
         if classes and len(data.classes) > classes:
             raise IncompatibleError(

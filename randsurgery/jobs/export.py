@@ -21,6 +21,7 @@ from randsurgery.format.checkpoint import (
 from randsurgery.format.container import check_output, pack, write_atomically
 from randsurgery.format.rebuild import payload_name
 from randsurgery.format.recipe import BaseSource, Member, MemberTensor, Recipe, StoredSource
+from randsurgery.jobs.hub import local_file
 from randsurgery.surgery.bases import given_base
 
 KINDS = ("dense", "timm", "self-contained")
@@ -48,9 +49,12 @@ def prepare(
     if kind not in KINDS:
         raise UsageError(f"unknown --format {kind!r}, expected dense or timm")
     with contextlib.ExitStack() as stack:
-        checkpoint = stack.enter_context(read_checkpoint(file, base=given_base(base)))
+        path = local_file(file)
+        checkpoint = stack.enter_context(read_checkpoint(path, base=given_base(base)))
         who = checkpoint.member(member)
-        target = _target(checkpoint, output, Path(file).stem, kind, force)
+        target = _target(
+            checkpoint, output, Path(file.rpartition("@")[0] or file).stem, kind, force
+        )
         load = _how_to_load(checkpoint.recipe, who, kind, target)
         stack.pop_all()
     return Export(checkpoint, who, kind, target, load, force)

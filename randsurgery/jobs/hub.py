@@ -32,7 +32,7 @@ class Address:
 
 def parse_address(text: str) -> Address:
     """``hf-hub:ORG/REPO[@REVISION]``. Raises UsageError."""
-    found = re.fullmatch(r"hf-hub:([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", text)
+    found = re.fullmatch(r"hf-hub:(\w[\w.-]*/\w[\w.-]*)(?:@([\w./-]+))?", text, re.ASCII)
     if found is None:
         raise UsageError(f"{text!r} is no Hub address, expected hf-hub:ORG/REPO[@REVISION]")
     return Address(found[1], found[2])

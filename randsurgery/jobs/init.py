@@ -11,22 +11,27 @@ from randsurgery.format.checkpoint import (
 )
 from randsurgery.format.container import check_output
 from randsurgery.jobs.records import keep_base, with_provenance
-from randsurgery.jobs.sources import SourceSpec, open_source
+from randsurgery.jobs.sources import SourceSpec, open_source, resolve_source
 
 
 def init_output(spec: SourceSpec, output: str | None, *, force: bool) -> Path:
     """Where ``init`` writes, checked."""
-    return check_output(output or f"{spec.name}-init-{spec.seed}.safetensors", force=force)
+    name = spec.name.rpartition("/")[2]
+    return check_output(output or f"{name}-init-{spec.seed}.safetensors", force=force)
 
 
 def prepare_init(spec: SourceSpec) -> Checkpoint:
     """The network of an ``init`` job. It has seen no image, so it records no preprocessing."""
+    spec = resolve_source(spec)
     if spec.is_file:
         raise UsageError("init makes a network of an architecture; the source is a file already")
     return open_source(spec)
 
 
-def run_init(checkpoint: Checkpoint, output: Path, *, force: bool) -> int:
+def run_init(spec: SourceSpec, checkpoint: Checkpoint, output: Path, *, force: bool) -> int:
     """Write an ``init`` job's file; returns its bytes."""
     keep_base(checkpoint, output)
-    return write_checkpoint(output, with_provenance(checkpoint, "init", {}, []), force=force)
+    scaled_for = None if spec.scaled_for is None else str(spec.scaled_for)
+    settings = {"init": spec.init, "init_seed": spec.seed, "scaled_for": scaled_for}
+    described = with_provenance(checkpoint, "init", settings, [])
+    return write_checkpoint(output, described, force=force)

@@ -60,9 +60,10 @@ def resolve_dataset(
         if recorded is not None and name == recorded.name:
             return recorded, False
         return DatasetSpec(name=name), False
-    if recorded is not None:
+    folder = data_dir is not None
+    if recorded is not None and not (folder and recorded.name == "digits"):
         return recorded, False
-    if data_dir is not None:
+    if folder:
         return DatasetSpec(name="folder"), False
     return DatasetSpec(name="digits"), True
 
@@ -110,10 +111,11 @@ def takes_img_size(model: ModelSpec, size: int) -> bool:
 
 def opener(
     dataset: DatasetSpec, look: InputSpec, options: DataOptions, device: torch.device, workers: int
-) -> Callable[[Split], Data]:
-    """A function that opens a split, "train" or "test", of one dataset."""
+) -> Callable[[Split, tuple[str, ...] | None], Data]:
+    """A function that opens a split, "train" or "test", of one dataset, given the class names
+    that are known already."""
 
-    def open_split(split: Split) -> Data:
+    def open_split(split: Split, classes: tuple[str, ...] | None) -> Data:
         return open_data(
             dataset,
             look,
@@ -122,6 +124,7 @@ def opener(
             download=options.download,
             device=device,
             workers=workers,
+            classes=classes,
         )
 
     return open_split

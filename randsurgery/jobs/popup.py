@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from randsurgery.errors import IncompatibleError
 from randsurgery.format.checkpoint import (
     Checkpoint,
     write_checkpoint,
@@ -31,7 +32,7 @@ from randsurgery.jobs.inputs import (
     resolve_dataset,
 )
 from randsurgery.jobs.records import keep_base, metrics_file, metrics_path, with_provenance
-from randsurgery.jobs.sources import SourceSpec, open_source
+from randsurgery.jobs.sources import SourceSpec, open_source, resolve_source
 from randsurgery.surgery import popup
 from randsurgery.surgery.architectures import build_meta
 from randsurgery.surgery.initialisers import kept_count
@@ -95,7 +96,8 @@ def prepare_popup(plan: PopupPlan) -> Prepared:
 
 def _prepare(plan: PopupPlan, stack: contextlib.ExitStack) -> Prepared:
     _ = plan.popup.share
-    source = plan.source
+    source = resolve_source(plan.source)
+    plan = replace(plan, source=source)
     recorded: Checkpoint | None = None
     if source.is_file:
         recorded = stack.enter_context(open_source(source))
@@ -112,8 +114,13 @@ def _prepare(plan: PopupPlan, stack: contextlib.ExitStack) -> Prepared:
     else:
         look = look_for(source, dataset.name, plan.data)
     open_split = opener(dataset, look, plan.data, device, settings.workers)
-    train, test = open_split("train"), open_split("test")
+    train = open_split("train", None)
+    test = open_split("test", train.classes)
     classes = plan.data.num_classes or len(train.classes)
+    if classes < len(train.classes):
+        raise IncompatibleError(
+            f"--num-classes {classes} is too few: {dataset.name} has {len(train.classes)}"
+        )
     notes = [FELL_BACK] if fell_back else []
     if recorded is not None:
         checkpoint = with_head(recorded, classes)

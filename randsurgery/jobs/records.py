@@ -11,10 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from randsurgery._version import __version__
-from randsurgery.format.checkpoint import (
-    Checkpoint,
-    Memory,
-)
+from randsurgery.errors import OutputError
+from randsurgery.format.checkpoint import Checkpoint, Memory
 from randsurgery.format.container import pack, write_atomically
 from randsurgery.training.loop import Record
 
@@ -53,14 +51,27 @@ def metrics_file(output: Path) -> Iterator[Callable[[Record], None]]:
     a job that fails leaves an older result whole."""
     final = metrics_path(output)
     part = final.with_name(final.name + ".part")
-    with part.open("w", encoding="utf-8") as file:
 
-        def write(record: Record) -> None:
+    def write(record: Record) -> None:
+        with _disk(final), part.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
-            file.flush()
 
+    try:
+        with _disk(final):
+            part.write_text("")
         yield write
-    part.replace(final)
+        with _disk(final):
+            part.replace(final)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+@contextmanager
+def _disk(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be written ({error.strerror or error})") from None
 
 
 def keep_base(checkpoint: Checkpoint, output: Path) -> None:

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 
 from randsurgery.errors import IncompatibleError, UsageError
-from randsurgery.format.checkpoint import Checkpoint, Memory, read_checkpoint, step_payloads
+from randsurgery.format.checkpoint import (
+    Checkpoint,
+    Memory,
+    finished_bytes,
+    read_checkpoint,
+    step_payloads,
+)
 from randsurgery.format.container import Container
-from randsurgery.format.rebuild import payload_name, sentence
+from randsurgery.format.rebuild import check_affordable, payload_name, sentence
 from randsurgery.format.recipe import (
     SHARED,
     Entry,
@@ -20,8 +26,15 @@ from randsurgery.format.recipe import (
     SignsSource,
     StoredSource,
 )
+from randsurgery.jobs.hub import (
+    PREFIX,
+    architecture_of,
+    holds_checkpoint,
+    local_file,
+    parse_address,
+)
 from randsurgery.surgery.architectures import ArgValue, check_name
-from randsurgery.surgery.bases import given_base, pretrained_base, read_base
+from randsurgery.surgery.bases import fetched_base, given_base, pretrained_base, read_base
 from randsurgery.surgery.initialisers import Init
 from randsurgery.surgery.recipes import make_recipe, make_recipe_on_base
 
@@ -30,8 +43,10 @@ from randsurgery.surgery.recipes import make_recipe, make_recipe_on_base
 class SourceSpec:
     """Where a network comes from.
 
-    ``name``: a timm architecture (with ``pretrained`` or ``checkpoint`` for dense weights) or a
-    file of this format. ``args``: model arguments. ``scaled_for``: k for scaled distributions.
+    ``name``: a timm architecture (with ``pretrained`` or ``checkpoint`` for dense weights), a file
+    of this format, or a Hub address that ``resolve_source`` turns into one of these. ``args``:
+    model arguments. ``scaled_for``: k for scaled distributions. ``origin``, ``revision``: where
+    ``checkpoint`` was fetched from, if it was.
     """
 
     name: str
@@ -41,12 +56,30 @@ class SourceSpec:
     pretrained: bool = False
     checkpoint: str | None = None
     base: str | None = None
+    origin: str | None = None
+    revision: str | None = None
     args: dict[str, ArgValue] = field(default_factory=dict)
 
     @property
     def is_file(self) -> bool:
         """True if ``name`` means a file."""
         return self.name.endswith(".safetensors") or os.sep in self.name
+
+
+def resolve_source(spec: SourceSpec) -> SourceSpec:
+    """The same source with a Hub address fetched: a file, or an architecture and dense weights."""
+    if not spec.name.startswith(PREFIX):
+        return spec
+    address, path = parse_address(spec.name), local_file(spec.name)
+    if holds_checkpoint(path):
+        return replace(spec, name=path)
+    return replace(
+        spec,
+        name=architecture_of(address),
+        checkpoint=path,
+        origin=str(address),
+        revision=address.revision,
+    )
 
 
 def open_source(spec: SourceSpec) -> Checkpoint:
@@ -62,9 +95,11 @@ def open_source(spec: SourceSpec) -> Checkpoint:
         return _open_file(spec)
     if spec.pretrained or spec.checkpoint:
         return _open_dense(spec)
-    return make_recipe(
+    made = make_recipe(
         spec.name, spec.init, seed=spec.seed, scaled_for=spec.scaled_for, args=spec.args
     )
+    check_affordable(finished_bytes(made.recipe, made.member()), spec.name)
+    return made
 
 
 def _open_file(spec: SourceSpec) -> Checkpoint:
@@ -80,6 +115,8 @@ def _open_file(spec: SourceSpec) -> Checkpoint:
 def _open_dense(spec: SourceSpec) -> Checkpoint:
     arch = check_name(spec.name.partition(".")[0])
     base = read_base(spec.checkpoint) if spec.checkpoint else pretrained_base(spec.name)
+    if spec.origin is not None:
+        base = fetched_base(base, spec.origin, spec.revision)
     with contextlib.ExitStack() as stack:
         if isinstance(base.tensors, Container):
             stack.enter_context(base.tensors)

@@ -18,6 +18,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from randsurgery.errors import IncompatibleError, RandsurgeryError, UsageError, near
+from randsurgery.format.rebuild import check_affordable
 from randsurgery.format.recipe import ModelSpec
 from randsurgery.surgery import zoo
 
@@ -157,7 +158,8 @@ def build_meta(spec: ModelSpec) -> nn.Module:
 
 def build_initialised(spec: ModelSpec, torch_seed: int) -> nn.Module:
     """The module with timm's own initial values, drawn in a fork of torch's generator."""
-    build_meta(spec)
+    parts = build_meta(spec).state_dict().values()
+    check_affordable(sum(part.numel() * part.element_size() for part in parts), spec.name)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(torch_seed)
         return _create(spec)
@@ -176,7 +178,10 @@ def hidden_bytes(model: nn.Module) -> int:
 
 
 def fill_hidden(model: nn.Module) -> bool:
-    """Give a module that was built on meta its hidden buffers. False if timm cannot do it."""
+    """Give a module that was built on meta its hidden buffers. False if timm cannot do it.
+
+    Its parameters must be in place: some modules make their buffers where those are.
+    """
     for name in hidden_names(model):
         owner_name, _, leaf = name.rpartition(".")
         owner: Any = model.get_submodule(owner_name)
@@ -185,22 +190,41 @@ def fill_hidden(model: nn.Module) -> bool:
         old = owner.get_buffer(leaf)
         owner.register_buffer(leaf, torch.zeros_like(old, device="cpu"), persistent=False)
     reinit_non_persistent_buffers(model)
-    return True
+    return not any(buffer.is_meta for buffer in model.buffers())
 
 
-def classifier_name(model: Any) -> str | None:
-    """The dotted name of the classifier, whatever the architecture calls it.
+def classifier_names(model: Any) -> tuple[str, ...]:
+    """The dotted names of the classifier's modules, whatever the architecture calls them.
 
-    timm models are asked; of several classifiers (distillation) the first counts. For other
+    timm models are asked; some have several (distillation, branches) or a list of them. For other
     modules it is the last linear layer.
     """
     names = {id(module): name for name, module in model.named_modules() if name}
     if hasattr(model, "get_classifier"):
         found = model.get_classifier()
-        first = found[0] if isinstance(found, (tuple, list)) and found else found
-        return names.get(id(first)) if isinstance(first, nn.Module) else None
+        parts = found if isinstance(found, (tuple, list)) else (found,)
+        wanted = [names[id(part)] for part in parts if id(part) in names]
+        return tuple(n for n in wanted if any(True for _ in model.get_submodule(n).parameters()))
     linear = [n for n, m in model.named_modules() if n and isinstance(m, nn.Linear)]
-    return linear[-1] if linear else None
+    return tuple(linear[-1:])
+
+
+def classifier_name(model: Any) -> str | None:
+    """The first of ``classifier_names``; None if there is no classifier."""
+    return next(iter(classifier_names(model)), None)
+
+
+def class_count(model: Any, classifier: str) -> int:
+    """How many classes the classifier tells apart: what timm's model says, else the outputs of
+    its last linear or convolution layer."""
+    if isinstance(getattr(model, "num_classes", None), int):
+        return int(model.num_classes)
+    outputs = [
+        m.out_features if isinstance(m, nn.Linear) else m.out_channels
+        for m in model.get_submodule(classifier).modules()
+        if isinstance(m, (nn.Linear, nn.Conv2d))
+    ]
+    return outputs[-1] if outputs else 0
 
 
 assert zoo.default_cfgs  # importing the zoo has entered its models in the registry

@@ -63,6 +63,15 @@ def given_base(path: str | os.PathLike[str] | None) -> Payloads | str | os.PathL
     return read_base(path).tensors
 
 
+def fetched_base(base: Base, origin: str, revision: str | None) -> Base:
+    """A base that came from elsewhere: in memory, under a telling file name, its origin noted."""
+    memory = Memory({name: base.tensors.read(name) for name in base.names})
+    if isinstance(base.tensors, Container):
+        base.tensors.__exit__()
+    file = f"{origin.rpartition('/')[2]}.base.safetensors"
+    return Base(memory, base.names, base.identity, file, origin, revision)
+
+
 def pretrained_base(name: str) -> Base:
     """timm's pretrained weights, downloaded through timm and kept in memory.
 

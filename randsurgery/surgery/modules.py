@@ -80,13 +80,13 @@ def build(
     shell = build_meta(recipe.model)
     check_fit(recipe, who, shell, recipe.model.name)
     raw = checkpoint.tensors(who.name, threads)
+    state = {name: to_torch(tensor) for name, tensor in raw.items()}
+    shell.load_state_dict(state, strict=True, assign=True)
     if not fill_hidden(shell):
         # some hidden buffer only the constructor can fill
         whole = build_initialised(recipe.model, 0)
         _copy_into(whole, raw)
         return whole.eval()
-    state = {name: to_torch(tensor) for name, tensor in raw.items()}
-    shell.load_state_dict(state, strict=True, assign=True)
     return shell.eval()
 
 
@@ -217,33 +217,31 @@ def _store_scores(model: nn.Module, owner: str, payloads: Memory) -> dict[str, s
 
 
 def with_head(checkpoint: Checkpoint, classes: int) -> Checkpoint:
-    """The same network for another number of classes, its classifier drawn anew.
+    """The same architecture for another number of classes, its classifier drawn anew.
 
-    Only a classifier that holds nothing learned can be redrawn. Raises IncompatibleError naming
-    ``--num-classes`` if it does, or if there is no classifier.
+    The tensors whose shape depends on the classes are found on meta. Only such as hold nothing
+    learned can be redrawn. Raises IncompatibleError naming ``--num-classes`` if one does, or if
+    there is no classifier.
     """
     recipe, member = checkpoint.recipe, checkpoint.member()
-    head = member.head
-    if head is None:
+    head, spec = member.head, recipe.model
+    if head is None or spec is None:
         raise IncompatibleError("the network has no classifier to give other classes")
     if head.classes == classes:
         return checkpoint
-    names = [n for n in recipe.tensor_names(member) if n.startswith(head.name + ".")]
+    spec = spec.model_copy(update={"args": {**spec.args, "num_classes": classes}})
     tensors = dict(recipe.tensors)
-    for name in names:
-        entry = recipe.resolved(member, name)
+    for name, wanted in build_meta(spec).state_dict().items():
+        entry, shape = recipe.resolved(member, name), tuple(wanted.shape)
+        if entry.shape == shape:
+            continue
         drawn = entry.source.kind in ("random", "constant", "hadamard")
         if not drawn or entry.overlays or name in member.tensors:
             raise IncompatibleError(
                 f"the classifier is learned for {head.classes} classes, {classes} are wanted; "
                 f"pass --num-classes {head.classes} or start from another file"
             )
-        tensors[name] = entry.model_copy(
-            update={"shape": (classes, *entry.shape[1:]), "digest": None}
-        )
-    spec = recipe.model
-    if spec is not None:
-        spec = spec.model_copy(update={"args": {**spec.args, "num_classes": classes}})
+        tensors[name] = entry.model_copy(update={"shape": shape, "digest": None})
     fresh = member.model_copy(
         update={"head": head.model_copy(update={"classes": classes}), "classes": None}
     )

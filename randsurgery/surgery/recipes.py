@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from fractions import Fraction
 
 import numpy as np
-import torch
 from torch import nn
 
 from randsurgery.errors import IncompatibleError, near
@@ -32,7 +31,9 @@ from randsurgery.surgery.architectures import (
     ArgValue,
     build_initialised,
     build_meta,
+    class_count,
     classifier_name,
+    classifier_names,
     spec_of,
 )
 from randsurgery.surgery.bases import Base
@@ -82,11 +83,10 @@ def stored_entry(raw: RawTensor, slot: str, payloads: Memory) -> Entry:
     return Entry(dtype=raw.dtype, shape=raw.shape, source=source)  # type: ignore[arg-type]
 
 
-def head_of(model: nn.Module, state: Mapping[str, torch.Tensor]) -> HeadSpec | None:
+def head_of(model: nn.Module) -> HeadSpec | None:
     """The classifier's name and number of classes, None if the model has none."""
     name = classifier_name(model)
-    weight = state.get(f"{name}.weight")
-    return HeadSpec(name=name, classes=weight.shape[0]) if name and weight is not None else None
+    return HeadSpec(name=name, classes=class_count(model, name)) if name else None
 
 
 def make_recipe(
@@ -126,7 +126,7 @@ def make_recipe(
         else:
             shape = tuple(tensor.shape)
             entries[name] = Entry(dtype=dtype, shape=shape, source=source)  # type: ignore[arg-type]
-    return _assemble(spec, entries, payloads, shell, state)
+    return _assemble(spec, entries, payloads, shell)
 
 
 def _assemble(
@@ -134,7 +134,6 @@ def _assemble(
     entries: dict[str, Entry],
     payloads: Memory,
     shell: nn.Module,
-    state: Mapping[str, torch.Tensor],
     bases: dict[str, Base] | None = None,
 ) -> Checkpoint:
     refs = {
@@ -144,7 +143,7 @@ def _assemble(
     recipe = Recipe(
         model=spec,
         tensors=dict(sorted(entries.items())),
-        members=(Member(head=head_of(shell, state)),),
+        members=(Member(head=head_of(shell)),),
         bases=refs,
     )
     tensors = {key: base.tensors for key, base in (bases or {}).items()}
@@ -170,7 +169,7 @@ def make_recipe_on_base(
     spec = spec_of(name, dict(args or {}))
     shell = build_meta(spec)
     state, roles = shell.state_dict(), tensor_roles(shell)
-    head = classifier_name(shell)
+    heads = tuple(f"{name}." for name in classifier_names(shell))
     prefix = "module." if all(n.startswith("module.") for n in base.names) else ""
     unused = {n.removeprefix(prefix) for n in base.names} - set(state)
     if unused:
@@ -187,7 +186,7 @@ def make_recipe_on_base(
         if prefix + tensor_name not in base.names:
             raise IncompatibleError(f"{base.file or base.origin}: lacks {tensor_name!r} of {name}")
         found = base.tensors.read(prefix + tensor_name)
-        if found.shape != shape and head and tensor_name.startswith(head + "."):
+        if found.shape != shape and tensor_name.startswith(heads):
             source = planned_source(roles[tensor_name], init, seed, scaled_for)
         elif found.shape != shape:
             raise IncompatibleError(
@@ -196,6 +195,7 @@ def make_recipe_on_base(
             )
         else:
             dtype = found.dtype
-        assert source is not None
+        if source is None:
+            raise IncompatibleError(f"{tensor_name} cannot be drawn for another number of classes")
         entries[tensor_name] = Entry(dtype=dtype, shape=shape, source=source)  # type: ignore[arg-type]
-    return _assemble(spec, entries, Memory(), shell, state, {"base": base})
+    return _assemble(spec, entries, Memory(), shell, {"base": base})

@@ -20,7 +20,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
 from randsurgery.errors import UsageError, near
-from randsurgery.surgery.architectures import classifier_name
+from randsurgery.surgery.architectures import classifier_names
 
 Role = Literal[
     "weight", "bias", "norm scale", "norm shift", "layer scale", "running mean", "running var",
@@ -138,8 +138,7 @@ def select_modules(model: nn.Module, patterns: Iterable[str]) -> set[str]:
         if role == "@norm":
             hits = {name for name, module in modules.items() if is_norm(module)}
         elif role == "@head":
-            head = classifier_name(model)
-            hits = {head} if head else set()
+            hits = set(classifier_names(model))
         else:
             hits = set(fnmatch.filter(modules, role))
         if not hits:

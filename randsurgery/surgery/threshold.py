@@ -23,7 +23,7 @@ from randsurgery.errors import DivergedError
 
 Bools = npt.NDArray[np.bool_]
 
-BLOCK = 1 << 17
+BLOCK = 1 << 18
 """Elements a step: the temporaries of one step stay in the cache."""
 
 INFINITY_BITS = 0x7F800000

@@ -58,7 +58,7 @@ class ConvN(nn.Module):
         flat = channels * (height >> pools) * (breadth >> pools)
         self.fc1 = nn.Linear(flat, self.num_features, bias=False)
         self.fc2 = nn.Linear(self.num_features, self.num_features, bias=False)
-        self.fc = nn.Linear(self.num_features, num_classes, bias=False)
+        self.fc = self._classifier(num_classes)
 
     def get_classifier(self) -> nn.Module:
         """The last layer."""
@@ -67,8 +67,10 @@ class ConvN(nn.Module):
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """A new last layer of ``num_classes``; 0 removes it."""
         self.num_classes = num_classes
-        fresh = nn.Linear(self.num_features, num_classes, bias=False)
-        self.fc = fresh if num_classes else nn.Identity()  # type: ignore[assignment]
+        self.fc = self._classifier(num_classes)
+
+    def _classifier(self, classes: int) -> nn.Module:
+        return nn.Linear(self.num_features, classes, bias=False) if classes else nn.Identity()
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
         """(N, in_chans, H, W) -> (N, channels, H >> pools, W >> pools)."""

@@ -191,6 +191,7 @@ class Streamed:
             sampler=order,
             num_workers=self.workers,
             collate_fn=_collate,
+            generator=torch.Generator(),  # or it would draw from the global one
         )
         for images, labels in loader:
             yield (images.to(self.device).float() - mean) / std, labels.to(self.device)
@@ -226,8 +227,12 @@ def open_data(
     download: bool = False,
     device: torch.device | str = "cpu",
     workers: int = 0,
+    classes: tuple[str, ...] | None = None,
 ) -> Data:
-    """A split by dataset spec. Raises DataError with the remedy."""
+    """A split by dataset spec. Raises DataError with the remedy.
+
+    ``classes``: the names that labels stand for, if they are known; a folder's own may be fewer.
+    """
     where = torch.device(device)
     if spec.name == "digits":
         return _resident(_digits(split), _DIGIT_NAMES, look, where)
@@ -245,8 +250,11 @@ def open_data(
         raise DataError(f"dataset {spec.name} needs --data-dir FOLDER")
     if data_dir is not None and not download and not Path(data_dir).is_dir():
         raise DataError(f"{data_dir}: no such folder, expected the one that holds {spec.name}")
-    dataset = _timm_dataset(spec, look, split, data_dir, download)
-    names = class_names(dataset)
+    if spec.name == "folder":
+        dataset, names = _folder(spec, look, split, str(data_dir), classes)
+    else:
+        dataset = _timm_dataset(spec, look, split, data_dir, download)
+        names = class_names(dataset)
     small = spec.name.lower() in _SMALL
     if small and len(dataset) * look.channels * math.prod(look.size) <= MAX_RESIDENT:
         return _resident(_to_bytes(dataset, look), names, look, where)
@@ -260,8 +268,36 @@ _SMALL = (
 _DIGIT_NAMES = tuple(str(digit) for digit in range(10))
 
 
+def _folder(
+    spec: DatasetSpec,
+    look: InputSpec,
+    split: Split,
+    data_dir: str,
+    classes: tuple[str, ...] | None,
+) -> tuple[Any, tuple[str, ...]]:
+    """A folder of images: a folder a split (train, val), in it a folder a class."""
+    if split == "train" and not (Path(data_dir) / "train").is_dir():
+        raise DataError(f"{data_dir}: has no folder 'train', expected train/CLASS and val/CLASS")
+    dataset = _timm_dataset(spec, look, split, data_dir, False)
+    found = class_names(dataset)
+    if classes is None or classes == found:
+        return dataset, found
+    if strange := [name for name in found if name not in classes]:
+        raise DataError(
+            f"{data_dir} ({split}): {strange[0]!r} is not one of the {len(classes)} known classes"
+            + near(strange[0], classes)
+        )
+    labels = {name: label for label, name in enumerate(classes)}
+    return _timm_dataset(spec, look, split, data_dir, False, labels), classes
+
+
 def _timm_dataset(
-    spec: DatasetSpec, look: InputSpec, split: Split, data_dir: str | None, download: bool
+    spec: DatasetSpec,
+    look: InputSpec,
+    split: Split,
+    data_dir: str | None,
+    download: bool,
+    labels: dict[str, int] | None = None,
 ) -> Any:
     from timm.data import create_dataset
 
@@ -273,6 +309,7 @@ def _timm_dataset(
             split=spec.train_split if split == "train" else spec.test_split,
             is_training=split == "train",
             download=download,
+            class_map=labels or "",
             input_img_mode="L" if look.channels == 1 else "RGB",
         )
     except Exception as error:  # whatever torchvision, datasets or the disk raises
@@ -336,6 +373,12 @@ def _digits(split: Split) -> tuple[torch.Tensor, torch.Tensor]:
     return images, torch.from_numpy(found.target[chosen].astype(np.int64))
 
 
+def _interpolate(images: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """Bytes (N, C, H, W) -> bytes (N, C, *size)."""
+    sized = F.interpolate(images.float(), size, mode="bilinear", antialias=True)
+    return sized.round().clamp(0, 255).to(torch.uint8)
+
+
 def _resident(
     data: tuple[torch.Tensor, torch.Tensor],
     classes: tuple[str, ...],
@@ -346,6 +389,10 @@ def _resident(
     if images.shape[1] != look.channels:
         images = images[:, :1].expand(-1, look.channels, -1, -1)
     if tuple(images.shape[2:]) != tuple(look.size):
-        sized = F.interpolate(images.float(), look.size, mode="bilinear", antialias=True)
-        images = sized.round().clamp(0, 255).to(torch.uint8)
+        if (wanted := len(images) * look.channels * math.prod(look.size)) > MAX_RESIDENT:
+            raise DataError(
+                f"{len(images):,} images of {look.size[0]} x {look.size[1]} pixels take "
+                f"{wanted / 1e9:,.1f} GB; choose a smaller --img-size"
+            )
+        images = torch.cat([_interpolate(part, look.size) for part in torch.split(images, 256)])
     return Resident(images.contiguous().to(device), labels.to(device), classes, look)

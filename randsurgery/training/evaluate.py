@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -26,8 +27,8 @@ class Evaluation:
     images: int
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values."""
-        return asdict(self)
+        """Plain values; JSON has no NaN or infinity, so such a loss is None."""
+        return {**asdict(self), "loss": self.loss if math.isfinite(self.loss) else None}
 
 
 def autocast(device: torch.device, enabled: bool) -> contextlib.AbstractContextManager[Any]:

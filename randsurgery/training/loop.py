@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from timm.optim import create_optimizer_v2
+from timm.optim import create_optimizer_v2, list_optimizers
 from timm.scheduler import create_scheduler_v2
 from torch import nn
 
-from randsurgery.errors import DataError, DivergedError, UsageError
+from randsurgery.errors import DataError, DivergedError, UsageError, near
 from randsurgery.format.generator import torch_seed
 from randsurgery.training.data import Batch, Data
 from randsurgery.training.evaluate import autocast, evaluate
@@ -20,6 +20,9 @@ from randsurgery.training.settings import TrainSettings
 from randsurgery.training.state import RunState
 
 Record = dict[str, Any]
+
+SCHEDULES = ("cosine", "tanh", "step", "constant", "multistep", "plateau", "poly", "rsqrt", "none")
+"""timm's schedules, which it lists nowhere."""
 
 
 @dataclass
@@ -85,8 +88,10 @@ def start(model: nn.Module, train: Data, settings: TrainSettings) -> Run:
         )
     except (ValueError, AssertionError, KeyError, TypeError, RuntimeError) as error:
         reason = str(error).splitlines()[0] if str(error) else repr(error)
+        hint = near(settings.opt, list_optimizers()) + near(settings.sched, SCHEDULES)
         raise UsageError(
             f"--opt {settings.opt} with --sched {settings.sched} cannot be set up: {reason}"
+            + ("" if settings.opt in list_optimizers() and settings.sched in SCHEDULES else hint)
         ) from None
     return run
 
@@ -152,7 +157,8 @@ def _set_rate(run: Run) -> float:
     """The schedule's learning rate for the step to come."""
     if run.optimizer is None:
         return 0.0
-    run.scheduler.step_update(run.step)
+    if run.scheduler is not None:
+        run.scheduler.step_update(run.step)
     return float(run.optimizer.param_groups[0]["lr"])
 
 
