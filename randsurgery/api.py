@@ -17,7 +17,7 @@ from randsurgery.errors import (
 )
 from randsurgery.format.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from randsurgery.format.recipe import Recipe
-from randsurgery.surgery.bases import given_base
+from randsurgery.surgery.bases import open_checkpoint
 from randsurgery.surgery.modules import build, harvest
 from randsurgery.surgery.popup import Popup, attach
 from randsurgery.surgery.recipes import make_recipe
@@ -58,7 +58,7 @@ def load(
     network, if the file has several. ``base``: the base checkpoint, if the file builds on one that
     does not lie beside it. Raises FileFormatError or IncompatibleError.
     """
-    with read_checkpoint(path, base=given_base(base)) as checkpoint:
+    with open_checkpoint(path, base) as checkpoint:
         return build(checkpoint, member, model=model)
 
 

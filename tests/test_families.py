@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 import randsurgery as rs
 from randsurgery.cli.app import app
+from randsurgery.inspection.storage import storage
 from randsurgery.surgery.architectures import hidden_names
 from randsurgery.surgery.modules import build, plain_state
 from randsurgery.surgery.popup import attached
@@ -109,18 +110,16 @@ def test_popup_learns_a_mask_that_comes_back(family: str, tmp_path: Path) -> Non
     rs.save(path, recipe, model)
     again = rs.load(path)
     assert not attached(again)
-    assert same_bits(logits(again, size), logits(model, size))
-    for name in attached(model):
-        weight = again.state_dict()[name]
-        assert int((weight == 0).sum()) == int(weight.numel() * 6) // 10
-    weights = sum(layer.scores.numel() for layer in attached(model).values())
-    assert path.stat().st_size < weights / 8 * 1.1 + stored_bytes(path) + 200_000
-
-
-def stored_bytes(path: Path) -> int:
-    from randsurgery.inspection.storage import storage
-
-    return sum(row.bytes for row in storage(path).tensors if "mask" not in row.overlays)
+    for name, weight in again.state_dict().items():
+        module, _, leaf = name.rpartition(".")
+        assert same_bits(weight, getattr(model.get_submodule(module), leaf)), name
+        if name in attached(model):
+            assert int((weight == 0).sum()) == weight.numel() * 6 // 10
+    # torch picks another kernel for a weight that needs no gradient, so the last bits may differ
+    torch.testing.assert_close(logits(again, size), logits(model, size), rtol=1e-4, atol=1e-4)
+    masks = [row for row in storage(path).tensors if "mask" in row.overlays]
+    weights = sum(row.dense_bytes for row in masks) / 4
+    assert sum(row.bytes for row in masks) < weights / 8 + 64 * len(masks)
 
 
 def step(model: nn.Module, size: int) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import format_helpers as slow
 import numpy as np
 import pytest
 from test_checkpoint import (
@@ -39,7 +40,7 @@ from test_checkpoint import (
 from randsurgery.errors import FileFormatError, IncompatibleError
 from randsurgery.format.checkpoint import Memory, read_checkpoint, write_checkpoint
 from randsurgery.format.container import Container
-from randsurgery.format.tensors import RawTensor
+from randsurgery.format.tensors import DTYPES, RawTensor
 
 SOURCE = Path(__file__).parents[1] / "docs" / "read_format.py"
 MOST_LINES = 350
@@ -79,9 +80,8 @@ def assert_same(path: Path, member: str | None = None) -> None:
 
 
 def assert_both_refuse(path: Path) -> None:
-    with pytest.raises(ValueError, match=r".") as refused:
-        reader.read(path, None)
-    assert "name one" not in str(refused.value)
+    with pytest.raises(ValueError, match=r"."):
+        reader.read(path)
     with (
         pytest.raises((FileFormatError, IncompatibleError)),
         read_checkpoint(path) as checkpoint,
@@ -141,7 +141,7 @@ def test_hadamard_of_every_construction(tmp_path: Path) -> None:
 
 
 def test_constants_of_every_dtype(tmp_path: Path) -> None:
-    dtypes = ["F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL"]
+    dtypes = [dtype for dtype in DTYPES if not dtype.startswith("F8")]
     values = {"one": 1.0, "zero": 0.0, "negative zero": -0.0}
     tensors = {
         f"{dtype} {name}": entry(dtype, (2, 3), constant(value))
@@ -169,14 +169,14 @@ def test_masks_of_every_density(tmp_path: Path, encoding: str) -> None:
 
 def test_dtypes_that_are_only_stored(tmp_path: Path) -> None:
     b = Builder()
-    raw = np.arange(6, dtype="u1").reshape(2, 3)
+    raw = 37 * np.arange(6, dtype="u1").reshape(2, 3)
     tensors = {
         dtype: entry(
-            dtype, (2, 3), b.stored("shared", dtype, RawTensor(dtype, raw % top)),
+            dtype, (2, 3), b.stored("shared", dtype, RawTensor(dtype, raw & top)),
             b.mask("shared", dtype, 0, [1, 0, 1, 0, 1, 1]),
-            b.slice("shared", dtype, 1, 1, RawTensor(dtype, raw[:, :1] % top)),
+            b.slice("shared", dtype, 1, 1, RawTensor(dtype, raw[:, :1] & top)),
         )
-        for dtype, top in {"F8_E4M3": 256, "F8_E5M2": 256, "U8": 256, "BOOL": 2}.items()
+        for dtype, top in {"F8_E4M3": 255, "F8_E5M2": 255, "U8": 255, "BOOL": 1}.items()
     }  # fmt: skip
     path = tmp_path / "stored.safetensors"
     write_checkpoint(path, assemble(tiny(tensors=tensors), b.payloads))
@@ -206,15 +206,9 @@ def test_a_bit_flipped_in_any_payload(written: Path, tmp_path: Path) -> None:
         broken = bytearray(data)
         broken[at] ^= 1 << at % 8
         path.write_bytes(broken)
-        assert_both_refuse_a_member(path)
-
-
-def assert_both_refuse_a_member(path: Path) -> None:
-    for member in ("first", "second"):  # the reader makes all members
-        with pytest.raises(ValueError, match="refused"):
-            reader.read(path, member)
-    with pytest.raises(FileFormatError), read_checkpoint(path) as checkpoint:
-        ask_for_everything(checkpoint)
+        with pytest.raises(ValueError, match="digest of payload"):
+            reader.read(path, "second")  # the reader makes the tensors of all members
+        assert_both_refuse(path)
 
 
 def test_a_changed_base(written: Path, tmp_path: Path) -> None:
@@ -276,13 +270,14 @@ ODD: dict[str, Json] = {
     "half a surrogate pair": tiny(notes={"x": "\ud800"}),
     "a false digest": tiny(tensors={"w": {
         **entry("F32", (4,), constant(0.0)), "digest": "0" * 32}}),
+    "a member's tensor with neither": member_with(tensors={"w": {"overlays": []}}),
     "scores without payload": member_with(scores={"w": "0" * 32}),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("fault", ODD)
 def test_what_cannot_be_made(fault: str, tmp_path: Path) -> None:
-    payloads = tiny_payloads() if "scores" in fault or "surrogate" in fault else Memory()
+    payloads = tiny_payloads() if fault.startswith(("scores", "half", "a member")) else Memory()
     path = write_raw(tmp_path / "x.safetensors", ODD[fault], payloads)
     with pytest.raises(ValueError, match=r"refused|surrogates"):
         reader.read(path)
@@ -316,8 +311,6 @@ def test_a_slice_beyond_the_tensor(tmp_path: Path, dim: int, count: int) -> None
 
 @pytest.mark.parametrize("fault", ["count", "encoding", "tail", "head", "bomb", "padding"])
 def test_a_mask_that_is_not_what_it_says(tmp_path: Path, fault: str) -> None:
-    import format_helpers as slow
-
     b = Builder()
     bits = some_bits(300, 0.1, 1)
     payload = slow.deflate(slow.pack_bits(bits))
@@ -377,6 +370,8 @@ def test_the_vectors_in_the_document() -> None:
     assert said["payload_digest_of_gaps"] == reader.digest(payload.tobytes())
     tensor = values["sign"][:4].reshape(2, 2)
     assert said["finished_digest"] == reader.finished("F32", tensor)
+    rows = (["a", "F32", [2, 2]], b"\0", tensor.tobytes(), ["b", "F16", [3]], b"\0")
+    assert said["base_identity"] == reader.digest(*rows, three["F16"].tobytes())
     assert said["backbone_id"] == reader.digest(said["backbone_text"].encode())
     assert said["backbone_id"] == reader.digest(json.loads(said["backbone_text"]))
     assert reader.digest(bits_of(bits)) in said["backbone_text"]

@@ -259,6 +259,11 @@ def is_checkpoint(container: Container) -> bool:
     return METADATA_KEY in container.metadata
 
 
+def is_safetensors(path: str | os.PathLike[str]) -> bool:
+    """True if the name says so. Other dense files need torch to be read, and are given as such."""
+    return Path(path).suffix == ".safetensors"
+
+
 def read_checkpoint(
     path: str | os.PathLike[str],
     *,
@@ -318,7 +323,7 @@ def _find_bases(
     found: dict[str, Payloads] = {}
     for key, ref in recipe.bases.items():
         candidates = [] if given is None else [look(None, given)]
-        beside = None if ref.file is None else path.parent / ref.file
+        beside = path.parent / ref.file if ref.file and is_safetensors(ref.file) else None
         wanting = ref.identity not in (actual for _, actual in candidates)
         if wanting and beside is not None and os.path.isfile(beside):
             candidates.append(look(ref.file, beside))

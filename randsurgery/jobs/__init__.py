@@ -3,6 +3,9 @@
 A job is resolved into a frozen plan first; every input is checked before anything is trained,
 and nothing is written before the result is complete.
 
+Modules import only those above them in this list:
+
+    hub       files from the Hugging Face Hub
     sources   where a network comes from: an architecture, dense weights, a file
     inputs    which images it sees: dataset, preprocessing, device
     records   what is written beside the weights: provenance, metrics, downloaded bases

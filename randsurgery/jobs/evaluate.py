@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from randsurgery.errors import IncompatibleError
-from randsurgery.format.checkpoint import (
-    read_checkpoint,
-)
 from randsurgery.format.recipe import (
     DatasetSpec,
 )
 from randsurgery.jobs.hub import local_file
 from randsurgery.jobs.inputs import DataOptions, look_for_file, opener, pick_device, resolve_dataset
-from randsurgery.surgery.bases import given_base
+from randsurgery.surgery.bases import open_checkpoint
 from randsurgery.surgery.modules import build
 from randsurgery.training.evaluate import Evaluation, evaluate
 
@@ -29,7 +26,7 @@ def run_eval(
 ) -> tuple[Evaluation, DatasetSpec, bool]:
     """Evaluate one member of a file on a test split, with its recorded preprocessing."""
     where, file = pick_device(device), local_file(file)
-    with read_checkpoint(file, base=given_base(base)) as checkpoint:
+    with open_checkpoint(file, base) as checkpoint:
         who, recipe = checkpoint.member(member), checkpoint.recipe
         dataset, fell_back = resolve_dataset(options.dataset, options.data_dir, who.dataset)
         look = look_for_file(recipe, dataset.name, options)

@@ -15,14 +15,13 @@ from randsurgery.format.checkpoint import (
     Checkpoint,
     Memory,
     payload_names,
-    read_checkpoint,
     write_checkpoint,
 )
 from randsurgery.format.container import check_output, pack, write_atomically
 from randsurgery.format.rebuild import payload_name
 from randsurgery.format.recipe import BaseSource, Member, MemberTensor, Recipe, StoredSource
 from randsurgery.jobs.hub import local_file
-from randsurgery.surgery.bases import given_base
+from randsurgery.surgery.bases import open_checkpoint
 
 KINDS = ("dense", "timm", "self-contained")
 
@@ -50,7 +49,7 @@ def prepare(
         raise UsageError(f"unknown --format {kind!r}, expected dense or timm")
     with contextlib.ExitStack() as stack:
         path = local_file(file)
-        checkpoint = stack.enter_context(read_checkpoint(path, base=given_base(base)))
+        checkpoint = stack.enter_context(open_checkpoint(path, base))
         who = checkpoint.member(member)
         target = _target(
             checkpoint, output, Path(file.rpartition("@")[0] or file).stem, kind, force

@@ -12,7 +12,6 @@ from randsurgery.format.checkpoint import (
     Checkpoint,
     Memory,
     finished_bytes,
-    read_checkpoint,
     step_payloads,
 )
 from randsurgery.format.container import Container
@@ -34,7 +33,7 @@ from randsurgery.jobs.hub import (
     parse_address,
 )
 from randsurgery.surgery.architectures import ArgValue, check_name
-from randsurgery.surgery.bases import fetched_base, given_base, pretrained_base, read_base
+from randsurgery.surgery.bases import fetched_base, open_checkpoint, pretrained_base, read_base
 from randsurgery.surgery.initialisers import Init
 from randsurgery.surgery.recipes import make_recipe, make_recipe_on_base
 
@@ -104,7 +103,7 @@ def open_source(spec: SourceSpec) -> Checkpoint:
 
 def _open_file(spec: SourceSpec) -> Checkpoint:
     with contextlib.ExitStack() as stack:
-        found = stack.enter_context(read_checkpoint(spec.name, base=given_base(spec.base)))
+        found = stack.enter_context(open_checkpoint(spec.name, spec.base))
         flat = flatten(found)
         stack.pop_all()
     if isinstance(found.payloads, Container):

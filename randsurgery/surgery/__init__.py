@@ -1,5 +1,8 @@
 """Work on nn.Module: no command line, no printing, no files but base checkpoints.
 
+Modules import only those above them in this list:
+
+tensors        torch tensors <-> raw tensors of the format
 zoo            the papers' architectures, entered in timm's registry
 architectures  registry names and arguments -> modules, checked before anything is allocated
 roles          what each tensor of a module is; patterns that select modules

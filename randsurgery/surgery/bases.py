@@ -13,7 +13,14 @@ import timm
 import torch
 
 from randsurgery.errors import FileFormatError, IncompatibleError
-from randsurgery.format.checkpoint import Memory, identity, is_checkpoint
+from randsurgery.format.checkpoint import (
+    Checkpoint,
+    Memory,
+    identity,
+    is_checkpoint,
+    is_safetensors,
+    read_checkpoint,
+)
 from randsurgery.format.container import Container
 from randsurgery.format.rebuild import Payloads
 from randsurgery.surgery.tensors import from_torch
@@ -37,7 +44,7 @@ class Base:
 def read_base(path: str | os.PathLike[str]) -> Base:
     """Open a dense checkpoint. Raises FileFormatError."""
     file = Path(path)
-    if file.suffix != ".safetensors":
+    if not is_safetensors(file):
         memory = Memory({k: from_torch(v, k) for k, v in _read_pickle(file).items()})
         names = tuple(sorted(memory))
         return Base(memory, names, identity(names, memory), file.name)
@@ -58,9 +65,26 @@ def read_base(path: str | os.PathLike[str]) -> Base:
 
 def given_base(path: str | os.PathLike[str] | None) -> Payloads | str | os.PathLike[str] | None:
     """What ``read_checkpoint`` takes as a base: a safetensors path as it is, else the tensors."""
-    if path is None or Path(path).suffix == ".safetensors":
+    if path is None or is_safetensors(path):
         return path
     return read_base(path).tensors
+
+
+def open_checkpoint(
+    path: str | os.PathLike[str], base: str | os.PathLike[str] | None = None
+) -> Checkpoint:
+    """``read_checkpoint`` that finds .pth bases too: the one given, or one beside the file."""
+    if base is not None:
+        return read_checkpoint(path, base=given_base(base))
+    with contextlib.ExitStack() as stack:
+        found = stack.enter_context(read_checkpoint(path, need_bases=False))
+        files = {ref.file for ref in found.recipe.bases.values() if ref.file is not None}
+        if not found.recipe.bases:
+            stack.pop_all()
+            return found
+    pickled = [Path(path).parent / name for name in sorted(files) if not is_safetensors(name)]
+    beside = next((file for file in pickled if file.is_file()), None)
+    return read_checkpoint(path, base=given_base(beside))
 
 
 def fetched_base(base: Base, origin: str, revision: str | None) -> Base:

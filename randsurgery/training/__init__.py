@@ -1,8 +1,10 @@
 """Data, the training loop and evaluation. No command line, no printing.
 
+Modules import only those above them in this list:
+
 settings   what a run is: resolved numbers, defaults per dataset
 data       datasets by name or folder -> batches on the device
+evaluate   accuracy and loss of a module on a split
 state      the whole state of a run as one object
 loop       the one training loop
-evaluate   accuracy and loss of a module on a split
 """
