@@ -266,6 +266,16 @@ def test_quiet_shows_errors_only_and_is_forgotten_after_the_command(here: Path, 
     assert "epoch 1/1" in run("popup", "conv2", *QUICK, "-o", "b.safetensors").stderr
 
 
+def test_verbose_shows_settings_and_where_an_error_arose(here: Path) -> None:
+    shown = succeed("popup", "conv2", *QUICK, "-v", "-o", "a.safetensors").stderr
+    assert "batch_size: 256" in shown
+    assert "masked_tensors: 5" in shown
+    shown = run("eval", "none.safetensors", "-v").stderr
+    assert "Traceback" in shown
+    assert shown.strip().splitlines()[-1].startswith("error: none.safetensors: no such file")
+    assert "Traceback" not in run("eval", "none.safetensors").stderr
+
+
 def test_version_and_help() -> None:
     assert succeed("--version").stdout.strip() == f"randsurgery {rs.__version__}"
     shown = succeed("--help").stdout

@@ -94,6 +94,20 @@ def test_order_and_augmentation_follow_seed_and_epoch_alone() -> None:
     assert not torch.equal(whole_epoch(data, quick(hflip=True, seed=1)), first)
 
 
+def order(data: Data, epoch: int, **more: Any) -> list[int]:
+    """The labels of an epoch without augmentation."""
+    settings = quick(batch_size=8, crop_padding=0, hflip=False, **more)
+    return [int(label) for _, part in data.training(settings, epoch) for label in part]
+
+
+@reads_images
+def test_order_alone_follows_seed_and_epoch(images: Path) -> None:
+    for data in (few(), open_folder(images, "train")):
+        assert order(data, 0) == order(data, 0)
+        assert order(data, 0) != order(data, 1)
+        assert order(data, 0) != order(data, 0, seed=1)
+
+
 def test_each_image_comes_once_an_epoch_and_labels_stay_with_images() -> None:
     data = few(70)
     settings = quick(crop_padding=0, hflip=False)

@@ -6,6 +6,7 @@ import functools
 import json
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar
@@ -49,6 +50,12 @@ def note(message: str) -> None:
         err().print(Text(message))
 
 
+def detail(message: str) -> None:
+    """A message that only -v asks for, on stderr."""
+    if verbosity.level >= 2:
+        err().print(Text(message))
+
+
 def clean(text: str) -> str:
     """Text from a file or dataset, control characters escaped."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
@@ -76,6 +83,7 @@ def command(function: F) -> F:
         try:
             return function(*args, **kwargs)
         except RandsurgeryError as error:
+            detail(traceback.format_exc())
             err().print(Text(f"error: {clean(str(error))}"))
             raise typer.Exit(error.exit_code) from None
         except KeyboardInterrupt:
@@ -156,7 +164,11 @@ Quiet = Annotated[
 Verbose = Annotated[
     bool,
     typer.Option(
-        "-v", "--verbose", help="More detail.", callback=_set_verbose, rich_help_panel=OUTPUT
+        "-v",
+        "--verbose",
+        help="Show resolved settings, and where an error arose.",
+        callback=_set_verbose,
+        rich_help_panel=OUTPUT,
     ),
 ]
 Config = Annotated[

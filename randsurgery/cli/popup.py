@@ -182,8 +182,10 @@ def _show_plan(job: Any, json: bool) -> None:
 def _run(job: Any, json: bool) -> None:
     from randsurgery.cli import render
     from randsurgery.inspection.storage import storage
-    from randsurgery.jobs.popup import run_popup
+    from randsurgery.jobs.popup import popup_facts, run_popup
 
+    for key, value in popup_facts(job).items():
+        common.detail(f"{key}: {value}")
     with render.training_progress(job.settings.epochs) as hooks:
         result = run_popup(job, hooks)
     report = storage(result.path)

@@ -55,6 +55,15 @@ def random_source(
     return RandomSource(distribution=distribution, seed=seed, scale=hex_float(f32(half_width)))
 
 
+def embedding_source(init: Init, seed: int) -> RandomSource:
+    """The source of position embeddings and tokens: deviation 1, that of the patch embeddings they
+    are added to. Architectures start them near 0.02 and learn them larger; a network whose
+    positions stay at 0.02 sees its patches as a bag (docs/log.md has the figures)."""
+    distribution = _DISTRIBUTION[init.rsplit("-", 1)[1]]
+    half_width = math.sqrt(3) if distribution == "uniform" else 1.0
+    return RandomSource(distribution=distribution, seed=seed, scale=hex_float(f32(half_width)))
+
+
 def check_init(name: str) -> Init:
     """The name of an initialiser. Raises UsageError listing them."""
     for init in get_args(Init):

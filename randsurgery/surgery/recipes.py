@@ -37,7 +37,7 @@ from randsurgery.surgery.architectures import (
     spec_of,
 )
 from randsurgery.surgery.bases import Base
-from randsurgery.surgery.initialisers import Init, random_source
+from randsurgery.surgery.initialisers import Init, embedding_source, random_source
 from randsurgery.surgery.roles import Role, TensorRole, tensor_roles
 from randsurgery.surgery.tensors import dtype_name, from_torch
 
@@ -57,6 +57,8 @@ def planned_source(role: TensorRole, init: Init, seed: int, k: Fraction | None) 
     """The source a random network has at that role; None if the value must be stored."""
     if role.role == "weight":
         return random_source(init, role.fan_in, role.fan_out, seed, k)
+    if role.role == "embedding":
+        return embedding_source(init, seed)
     if role.role in CONSTANTS:
         return ConstantSource(value=hex_float(CONSTANTS[role.role]))
     return None
@@ -101,9 +103,10 @@ def make_recipe(
 
     ``model`` is a timm name, built with ``args``, or any nn.Module (its own values are not kept
     for weights, norms and biases). Weights of convolutions and linear layers become random
-    sources; norm scales and layer scales 1; norm shifts and biases 0; what is left (position
-    embeddings, class tokens) keeps the values of the architecture's own initialiser, as a constant
-    if it is one, else stored. ``scaled_for`` is k for the papers' scaled distributions.
+    sources, and so do position embeddings and tokens; norm scales and layer scales 1; norm shifts
+    and biases 0; what is left (relative position biases, gates) keeps the values of the
+    architecture's own initialiser, as a constant if it is one, else stored. ``scaled_for`` is k
+    for the papers' scaled distributions.
     """
     spec = spec_of(model, dict(args or {})) if isinstance(model, str) else None
     shell = build_meta(spec) if spec is not None else model

@@ -24,7 +24,7 @@ from randsurgery.surgery.architectures import classifier_names
 
 Role = Literal[
     "weight", "bias", "norm scale", "norm shift", "layer scale", "running mean", "running var",
-    "batch count", "other",
+    "batch count", "embedding", "other",
 ]  # fmt: skip
 
 STANDARDISED = (StdConv2d, StdConv2dSame, ScaledStdConv2d, ScaledStdConv2dSame)
@@ -36,6 +36,11 @@ _NORM_LIKE_BUT_NOT = ("GlobalResponseNorm",)  # zero scale is its identity
 _LAYER_SCALE = re.compile(
     r"(^|\.)(gamma(_?\w+)?|ls\d|skipinit_gain|(layer|res)_scale\d?\.(scale|gamma))$"
 )
+_EMBEDDING = re.compile(
+    r"(^|\.)(pos_embed\w*|(cls|dist|reg|mask)_token\w*|pos_emb|(patch|pixel)_pos"
+    r"|position_embedding_table)$"
+)
+"""Positions and tokens, added to or put beside the patch embeddings."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +95,8 @@ def _role(module: nn.Module, leaf: str, full: str, tensor: torch.Tensor) -> Role
         return "norm scale" if leaf == "weight" else "norm shift"
     if _LAYER_SCALE.search(full):
         return "layer scale"
+    if _EMBEDDING.search(full) and isinstance(tensor, nn.Parameter):
+        return "embedding"
     if leaf.endswith("bias") and tensor.dim() == 1 and weight_names(module):
         return "bias"
     return "other"
