@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
-Array = np.ndarray[Any, Any]
-Tensors = dict[str, tuple[str, Array]]  # name -> dtype as in format.md, elements (BF16: bits)
+Array = np.ndarray[tuple[int, ...], np.dtype[Any]]
+Tensors = dict[Any, tuple[str, Array]]  # name -> dtype as in format.md, elements (BF16: bits)
 NUMPY = {f"{kind}{8 * n}": f"<{kind.lower()}{n}" for kind in "FIU" for n in (1, 2, 4, 8)}
 NUMPY |= {"BF16": "<u2", "F8_E4M3": "<u1", "F8_E5M2": "<u1", "BOOL": "<u1"}
 NORMAL = np.array([NormalDist().inv_cdf((j + 0.5) / 65536) for j in range(65536)], "<f4")
@@ -27,7 +27,7 @@ NORMAL = np.array([NormalDist().inv_cdf((j + 0.5) / 65536) for j in range(65536)
 def need(good: object, what: object) -> None:
     """Refuse, as the head of format.md defines it."""
     if not good:
-        raise ValueError(f"refused: {what}")
+        raise ValueError(what)
 
 
 def digest(*parts: Any) -> str:
@@ -38,9 +38,9 @@ def digest(*parts: Any) -> str:
 
 
 def unique(items: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object, refused if it has a key twice (section 1)."""
+    """A JSON object: refused if a key is there twice (section 1), without nulls (section 2)."""
     need(len(dict(items)) == len(items), "a key twice")
-    return dict(items)
+    return {key: value for key, value in items if value is not None}
 
 
 def load(path: Path) -> tuple[Tensors, dict[str, str]]:
@@ -59,8 +59,8 @@ def load(path: Path) -> tuple[Tensors, dict[str, str]]:
     return tensors, metadata
 
 
-def taken(files: Tensors, name: str, dtype: str, shape: Any, want: str | None = None) -> Array:
-    """A tensor of a file: a payload has a digest to compare, a base's has none (section 2)."""
+def taken(files: Tensors, name: Any, dtype: str, shape: Any, want: str | None = None) -> Array:
+    """A payload, of the digest `want`, or the tensor of a base (section 2)."""
     found, array = files[name]
     need(found == dtype and shape in (None, array.shape), f"dtype or shape of {name}")
     need(want in (None, digest(array.tobytes())), f"digest of payload {name}")
@@ -72,11 +72,11 @@ def stream(kind: str, size: int, *of: Any) -> Array:
     key = int.from_bytes(bytes.fromhex(digest(["randsurgery.philox.1", *of])), "little")
     words: Array = np.random.Philox(key=key, counter=0).random_raw(size // 2 + 1).astype("<u8")
     if kind == "sign":
-        return np.unpackbits(words.view("u1"), count=size, bitorder="little") * np.float32(2) - 1
+        return np.where(np.unpackbits(words.view("u1"), count=size, bitorder="little"), 1, -1)
     if kind == "uniform":
-        return (words.view("<u4")[:size] // 256).astype("<f4") / np.float32(2**23) - 1
+        return np.asarray((words.view("<u4")[:size] // 256) / 2**23 - 1, "<f4")
     need(digest(NORMAL.tobytes()) == "1cfbba1e07e34386a57626f82aeb43e6", "the table made here")
-    return NORMAL[words.view("<u2")[:size]]
+    return NORMAL.take(words.view("<u2")[:size])
 
 
 def scaled(values: Array, factor: str, dtype: str) -> Array:
@@ -84,103 +84,79 @@ def scaled(values: Array, factor: str, dtype: str) -> Array:
     values = (values.astype("<u4") << 16).view("<f4") if values.dtype == "<u2" else values
     product: Array = values * np.array([float.fromhex(factor)], "<f4")
     product[np.isnan(product)] = np.nan
-    if dtype == "BF16":
-        bits = product.astype("<f4").view("<u4")
-        product = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
-    return product.astype(NUMPY[dtype])
+    bits: Array = product.astype("<f4").view("<u4")
+    upper: Array = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
+    return (upper if dtype == "BF16" else product).astype(NUMPY[dtype])
 
 
 def hadamard(n: int) -> Array | None:
     """H(n) of section 4, if it exists."""
-    two = np.array([[1, 1], [1, -1]], "i1")
-    if n <= 2:
-        return two[:n, :n]
-    paley = ((n % 4 == 0, n, -1, two[:1, :1]), (n % 8 == 4, n // 2, 1, two))
-    for fits, m, edge, block in paley if n & (n - 1) else ():
-        if fits and all((m - 1) % p for p in range(2, math.isqrt(m - 1) + 1)):
-            i, q = np.arange(m), m - 1
-            chi = np.where(np.isin(i, i[1:q] ** 2 % q), 1, -1).astype("i1")[(i[:, None] - i) % q]
+    two, same = np.array([[1, 1], [1, -1]], "i1"), np.array([[1, -1], [-1, -1]], "i1")
+    if n <= 2 or n % 4:
+        return two[:n, :n] if n <= 2 else None
+    for q, edge, off, on in ((n - 1, -1, two[:1, :1], two[:1, :1]), (n // 2 - 1, 1, two, same)):
+        i, fits = np.arange(q + 1), n & (n - 1) and q % 4 == 2 - edge
+        if fits and all(q % p for p in range(2, math.isqrt(q) + 1)):
+            chi = np.where(np.isin(i, i * i % q), 1, -1).astype("i1")[(i[:, None] - i) % q]
             chi[0], chi[1:, 0], chi[i, i] = 1, edge, 0
-            return np.kron(chi, block) + np.kron(
-                np.eye(m, dtype="i1"), abs(block) * -block[::-1, ::-1]
-            )
-    for f in (2, *range(4, math.isqrt(n) + 1, 4)):
-        if n % f == 0 and (a := hadamard(f)) is not None and (b := hadamard(n // f)) is not None:
-            return np.kron(a, b)
-    return None
+            return np.kron(chi, off) + np.kron(np.eye(q + 1, dtype="i1"), on)
+    pairs = ((hadamard(f), hadamard(n // f)) for f in range(2, math.isqrt(n) + 1) if n % f == 0)
+    return next((np.kron(a, b) for a, b in pairs if a is not None and b is not None), None)
 
 
 def head(rows: int, columns: int) -> Array:
     """The rows of a hadamard source with scale 1, one after another (section 4)."""
     found, orders = dict[bytes, None](), range(columns, 2 * columns + 1)
-    matrix = next(m for m in map(hadamard, orders) if m is not None)
-    for turn in range(4 + 4 * rows // len(matrix)):
-        flips = (
-            stream("sign", columns, 0, f"hadamard-{turn}", "head") if turn else -np.ones(columns)
-        )
-        found |= dict.fromkeys(row.tobytes() for row in matrix[:, :columns] * -flips.astype("i1"))
-        if len(found) >= rows:
-            return np.frombuffer(b"".join(list(found)[:rows]), "i1")
-    raise ValueError("refused: too few rows of hadamard")
+    full = next(m for m in map(hadamard, orders) if m is not None)
+    for turn in range(4 + 4 * rows // len(full)):
+        if len(found) < rows:
+            signs = -stream("sign", columns, 0, f"hadamard-{turn}", "head") if turn else np.ones(1)
+            found |= dict.fromkeys(row.tobytes() for row in full[:, :columns] * signs.astype("i1"))
+    return np.frombuffer(b"".join(list(found)[:rows]), "i1")
 
 
 def mask(payload: Array, overlay: dict[str, Any], size: int) -> Array:
     """The bits of a mask or scatter (section 5)."""
     count, gaps, inflater = overlay["count"], overlay["encoding"] == "gaps", zlib.decompressobj(-15)
-    need(0 <= count <= size and payload.ndim == 1, "count")
     limit = min(count, size - count) + size // 255 if gaps else -(-size // 8)
-    data = np.frombuffer(inflater.decompress(payload.tobytes(), limit + 1), "u1")
+    data = np.frombuffer(inflater.decompress(payload.tobytes(), max(limit, 0) + 1), "u1")
     need(inflater.eof and not inflater.unused_data and len(data) <= limit, "deflate stream")
-    bits = np.unpackbits(data, bitorder="little").astype(bool)
+    bits = np.full(size, 2 * count > size) if gaps else np.unpackbits(data, bitorder="little") > 0
     if gaps:
-        marks, bits = data != 255, np.full(size, 2 * count > size)
-        need(marks[-1:].all(), "gaps")
-        bits[(np.cumsum(data + marks.astype(int)) - 1)[marks]] ^= True
-    need(bits.sum() == bits[:size].sum() == count, "number of ones")
+        need((data[-1:] < 255).all(), "a last byte that marks nothing")
+        bits[np.cumsum(data + (data < 255))[data < 255] - 1] ^= True
+    need(bits.sum() == bits[:size].sum() == count and payload.ndim == 1, "number of ones")
     return bits[:size]
 
 
-def made(files: Tensors, bases: dict[str, Tensors], owner: str, name: str, entry: Any) -> Array:
-    """The source of an entry (section 4)."""
-    dtype, shape, source = entry["dtype"], tuple(entry["shape"]), entry["source"]
-    kind, size, key = source["kind"], math.prod(shape), source.get("stream")
+def changed(files: Tensors, slot: str, array: Array, dtype: str, step: Any) -> Array:
+    """A tensor after its source (section 4) or an overlay (section 5), with payloads at `slot`."""
+    kind, want, shape, values = step["kind"], step.get("digest", ""), array.shape, array
     if kind == "base":
-        return taken(bases[source["base"]], source["tensor"], dtype, shape)
-    if kind == "stored":
-        return taken(files, f"{owner}/{name}/source", dtype, shape, source["digest"])
+        return taken(files, (step["base"], step["tensor"]), dtype, shape)
+    if kind in ("stored", "replace"):
+        return taken(files, slot + {"stored": "source"}.get(kind, "tensor"), dtype, shape, want)
+    if kind == "slice":
+        part = array[(slice(None),) * step["dim"] + (slice(step["count"]),)]
+        need(part.shape[step["dim"]] == step["count"], "count of a slice")
+        part[...] = taken(files, slot + "slice", dtype, part.shape, want)
+        return array
+    if kind in ("mask", "scatter"):
+        bits = mask(taken(files, slot + "mask", "U8", None, want), step, array.size).reshape(shape)
+        if kind == "mask":
+            return np.where(bits, array, np.zeros_like(array))
+        array[bits] = taken(files, slot + "values", dtype, (step["count"],), step["values_digest"])
+        return array
     if kind == "constant":
-        values = np.full(size, float.fromhex(source["value"]))
-    elif kind == "random":
-        key = name if key is None else key
-        values = stream(source["distribution"], size, source["seed"], key, "weight")
+        return scaled(np.full(array.size, float.fromhex(step["value"])), "1", dtype).reshape(shape)
+    if kind == "random":
+        values = stream(step["distribution"], array.size, step["seed"], step["stream"], "weight")
     elif kind == "hadamard":
         values = head(*shape)
-    else:
-        packed = taken(files, f"{owner}/{name}/source", "U8", (-(-size // 8),), source["digest"])
-        values = np.unpackbits(packed, count=size, bitorder="little") * 2.0 - 1
-    return scaled(values, source.get("scale", "1"), dtype).reshape(shape)
-
-
-def changed(files: Tensors, array: Array, dtype: str, slot: str, overlay: Any) -> Array:
-    """A tensor under one overlay (section 5); `slot` begins the names of its payloads."""
-    kind, want, array = overlay["kind"], overlay.get("digest"), array.copy()
-    if kind == "scale":
-        array = scaled(array.reshape(-1), overlay["factor"], dtype).reshape(array.shape)
-    elif kind == "replace":
-        array = taken(files, f"{slot}.tensor", dtype, array.shape, want)
-    elif kind == "slice":
-        part = array[(slice(None),) * overlay["dim"] + (slice(overlay["count"]),)]
-        need(part.shape[overlay["dim"]] == overlay["count"], "count of a slice")
-        part[...] = taken(files, f"{slot}.slice", dtype, part.shape, want)
-    else:
-        packed = taken(files, f"{slot}.mask", "U8", None, want)
-        bits = mask(packed, overlay, array.size).reshape(array.shape)
-        if kind == "mask":
-            array[~bits] = 0
-        else:
-            want, shape = overlay["values_digest"], (overlay["count"],)
-            array[bits] = taken(files, f"{slot}.values", dtype, shape, want)
-    return array
+    elif kind == "signs":
+        packed = taken(files, slot + "source", "U8", (-(-array.size // 8),), want)
+        values = np.where(np.unpackbits(packed, count=array.size, bitorder="little"), 1, -1)
+    return scaled(values, step["factor" if kind == "scale" else "scale"], dtype).reshape(shape)
 
 
 def rebuilt(path: Path, chosen: str | None, bases: dict[str, Tensors]) -> Tensors:
@@ -188,44 +164,38 @@ def rebuilt(path: Path, chosen: str | None, bases: dict[str, Tensors]) -> Tensor
     files, metadata = load(path)
     recipe = json.loads(metadata["randsurgery"], object_pairs_hook=unique)
     need((recipe["format"], recipe["version"]) == ("randsurgery", 0), "version")
-    for key, about in (recipe.get("bases") or {}).items():
-        bases[key] = bases.get(key) or load(path.parent / Path(about["file"]).name)[0]
-        rows = (([n, d, a.shape], b"\0", a.tobytes()) for n, (d, a) in sorted(bases[key].items()))
-        need(
-            digest(*(part for row in rows for part in row)) == about["identity"],
-            f"identity {about}",
-        )
-    members = {each.get("name") or "main": each for each in recipe.get("members") or [{}]}
+    for key, about in recipe.get("bases", {}).items():
+        base = bases.get(key) or load(path.parent / Path(about["file"]).name)[0]
+        rows = (([n, d, a.shape], b"\0", a.tobytes()) for n, (d, a) in sorted(base.items()))
+        need(digest(*(part for row in rows for part in row)) == about["identity"], "base identity")
+        files |= {(key, name): tensor for name, tensor in base.items()}
+    members = {each.get("name", "main"): each for each in recipe.get("members", [{}])}
     need(chosen in members or (chosen is None and len(members) == 1), f"one of {sorted(members)}")
-    owner = chosen or next(iter(members))
-    todo = [("shared", *item) for item in (recipe.get("tensors") or {}).items()]
-    todo += [(owner, *item) for item in (members[owner].get("tensors") or {}).items()]
-    tensors: Tensors = {}
-    for owner, name, own in todo:
-        entry = own.get("entry") or own
-        if "source" in entry:
-            tensors[name] = entry["dtype"], made(files, bases, owner, name, entry)
-        dtype, array = tensors[name]
-        for index, overlay in enumerate(entry.get("overlays") or []):
-            array = changed(files, array, dtype, f"{owner}/{name}/{index}", overlay)
-        found = digest([dtype, array.shape], b"\0", array.tobytes())
-        need(entry.get("digest") in (None, found), f"finished digest of {name}")
-        tensors[name] = dtype, array
+    member, tensors = chosen or next(iter(members)), Tensors()
+    for owner, part in (("shared", recipe), (member, members[member])):
+        for name, own in part.get("tensors", {}).items():
+            entry, slot = own.get("entry", own), f"{owner}/{name}/"
+            dtype, array = tensors.get(name, ("", np.empty(0)))
+            if "source" in entry:
+                dtype, array = entry["dtype"], np.empty(entry["shape"], NUMPY[entry["dtype"]])
+                array = changed(files, slot, array, dtype, {"stream": name, **entry["source"]})
+            for index, overlay in enumerate(entry.get("overlays", [])):
+                array = changed(files, f"{slot}{index}.", array.copy(), dtype, overlay)
+            found = digest([dtype, array.shape], b"\0", array.tobytes())
+            need(entry.get("digest", found) == found, f"finished digest of {name}")
+            tensors[name] = dtype, array
     return tensors
 
 
-def read(
-    path: str | Path, member: str | None = None, bases: dict[str, Tensors] | None = None
-) -> Tensors:
+def read(path: str | Path, member: str | None = None, bases: Any = None) -> Tensors:
     """The tensors of a member, or of the only one; ValueError where the file is refused."""
     try:
         with np.errstate(all="ignore"):
-            return rebuilt(Path(path), member, dict(bases or {}))
+            return rebuilt(Path(path), member, bases or {})
     except Exception as error:
-        raise ValueError(f"refused: {error!r}") from error
+        raise ValueError(f"refused: {error}") from error
 
 
 if __name__ == "__main__":
     for name, (dtype, array) in sorted(read(sys.argv[1], (*sys.argv, None)[2]).items()):
-        found = digest([dtype, array.shape], b"\0", array.tobytes())
-        print(name, dtype, list(array.shape), found)
+        print(name, dtype, [*array.shape], digest([dtype, array.shape], b"\0", array.tobytes()))

@@ -16,7 +16,6 @@ import format_helpers as slow
 import numpy as np
 import pytest
 from test_checkpoint import (
-    REFUSED,
     Builder,
     Json,
     ask_for_everything,
@@ -27,7 +26,6 @@ from test_checkpoint import (
     everything,
     floats,
     hexf,
-    member_with,
     random_source,
     some_bits,
     tiny,
@@ -43,7 +41,7 @@ from randsurgery.format.container import Container
 from randsurgery.format.tensors import DTYPES, RawTensor
 
 SOURCE = Path(__file__).parents[1] / "docs" / "read_format.py"
-MOST_LINES = 350
+MOST_CODE_LINES = 150
 
 
 def load_reader() -> ModuleType:
@@ -202,13 +200,18 @@ def test_a_bit_flipped_in_any_payload(written: Path, tmp_path: Path) -> None:
     with Container(written) as container:
         start, infos = container.header_bytes, dict(container.infos)
     path = tmp_path / "flipped.safetensors"
-    for at in {start + info.stop - 1 for info in infos.values()}:
+    for name, info in infos.items():
+        if not info.stop > info.start:
+            continue
+        at = start + info.stop - 1
         broken = bytearray(data)
         broken[at] ^= 1 << at % 8
         path.write_bytes(broken)
-        with pytest.raises(ValueError, match="digest of payload"):
-            reader.read(path, "second")  # the reader makes the tensors of all members
-        assert_both_refuse(path)
+        with pytest.raises(FileFormatError), read_checkpoint(path) as checkpoint:
+            ask_for_everything(checkpoint)
+        if not name.endswith("/scores"):  # these are no part of a tensor
+            with pytest.raises(ValueError, match="digest of payload"):
+                reader.read(path, "second" if name.startswith("second/") else "first")
 
 
 def test_a_changed_base(written: Path, tmp_path: Path) -> None:
@@ -247,47 +250,6 @@ def test_truncated_padded_and_damaged_containers(tmp_path: Path) -> None:
             continue
         broken.write_bytes(case)
         assert_both_refuse(broken)
-
-
-@pytest.mark.parametrize("fault", [f for f in REFUSED if f != "unknown field of the model"])
-def test_a_faulty_recipe(fault: str, tmp_path: Path) -> None:
-    assert_both_refuse(write_raw(tmp_path / "x.safetensors", REFUSED[fault], tiny_payloads()))
-
-
-W = {"kind": "scale", "factor": hexf(1.0)}
-ODD: dict[str, Json] = {
-    "a constant that is no value": tiny(tensors={"w": entry("I8", (1,), constant(128.0))}),
-    "a constant in eight bits": tiny(tensors={"w": entry("F8_E4M3", (1,), constant(0.0))}),
-    "a scale of integers": tiny(tensors={"w": entry("I8", (1,), constant(1.0), W)}),
-    "a scale beyond float32": tiny(tensors={"w": entry(
-        "F32", (1,), {**random_source("sign", 1.0), "scale": (0.1).hex()})}),
-    "a hadamard vector": tiny(tensors={"w": entry(
-        "F32", (4,), {"kind": "hadamard", "scale": hexf(1.0)})}),
-    "too many hadamard rows": tiny(tensors={"w": entry(
-        "F32", (9, 3), {"kind": "hadamard", "scale": hexf(1.0)})}),
-    "a random integer": tiny(tensors={"w": entry("I32", (4,), random_source("sign", 1.0))}),
-    "petabytes": tiny(tensors={"w": entry("F32", (2**40, 2**10), constant(0.0))}),
-    "half a surrogate pair": tiny(notes={"x": "\ud800"}),
-    "a false digest": tiny(tensors={"w": {
-        **entry("F32", (4,), constant(0.0)), "digest": "0" * 32}}),
-    "a member's tensor with neither": member_with(tensors={"w": {"overlays": []}}),
-    "scores without payload": member_with(scores={"w": "0" * 32}),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("fault", ODD)
-def test_what_cannot_be_made(fault: str, tmp_path: Path) -> None:
-    payloads = tiny_payloads() if fault.startswith(("scores", "half", "a member")) else Memory()
-    path = write_raw(tmp_path / "x.safetensors", ODD[fault], payloads)
-    with pytest.raises(ValueError, match=r"refused|surrogates"):
-        reader.read(path)
-    if fault == "a false digest":  # the package compares finished digests when asked to verify
-        return
-    with (
-        pytest.raises((FileFormatError, IncompatibleError)),
-        read_checkpoint(path) as checkpoint,
-    ):
-        ask_for_everything(checkpoint)
 
 
 def test_a_finished_digest_that_differs(written: Path, tmp_path: Path) -> None:
@@ -353,7 +315,7 @@ def test_the_vectors_in_the_document() -> None:
         signs = "".join("+" if v > 0 else "-" for v in first)
         assert said[kind] == (signs if kind == "sign" else [float(v).hex() for v in first])
         assert said["sha256_of_1003"][kind] == hashlib.sha256(array.tobytes()).hexdigest()
-    three = {dtype: reader.narrow(values["normal"][:3], dtype) for dtype in ("F16", "BF16")}
+    three = {dtype: reader.scaled(values["normal"][:3], "1", dtype) for dtype in ("F16", "BF16")}
     assert said["normal_f16"] == three["F16"].tobytes().hex()
     assert said["normal_bf16"] == three["BF16"].tobytes().hex()
     assert said["normal_table"] == [float(reader.NORMAL[i]).hex() for i in (0, 32767, 32768)]
@@ -369,7 +331,7 @@ def test_the_vectors_in_the_document() -> None:
         assert np.flatnonzero(bits).tolist() == mask["ones"]
     assert said["payload_digest_of_gaps"] == reader.digest(payload.tobytes())
     tensor = values["sign"][:4].reshape(2, 2)
-    assert said["finished_digest"] == reader.finished("F32", tensor)
+    assert said["finished_digest"] == reader.digest(["F32", [2, 2]], b"\0", tensor.tobytes())
     rows = (["a", "F32", [2, 2]], b"\0", tensor.tobytes(), ["b", "F16", [3]], b"\0")
     assert said["base_identity"] == reader.digest(*rows, three["F16"].tobytes())
     assert said["backbone_id"] == reader.digest(said["backbone_text"].encode())
@@ -383,14 +345,19 @@ def bits_of(bits: np.ndarray[Any, Any]) -> bytes:
 
 def test_the_reader_is_short_and_needs_numpy_alone() -> None:
     text = SOURCE.read_text("utf-8")
-    assert len(text.splitlines()) <= MOST_LINES
+    lines = enumerate(text.splitlines(), 1)
+    code = {number for number, line in lines if line.strip() and not line.strip().startswith("#")}
     names: set[str] = set()
     for node in ast.walk(ast.parse(text)):
+        if isinstance(node, (ast.Module, ast.FunctionDef)) and ast.get_docstring(node):
+            docstring = node.body[0]
+            code -= set(range(docstring.lineno, (docstring.end_lineno or 0) + 1))
         if isinstance(node, ast.Import):
             names |= {alias.name.split(".")[0] for alias in node.names}
         if isinstance(node, ast.ImportFrom):
             assert node.level == 0
             names.add(str(node.module).split(".")[0])
+    assert len(code) <= MOST_CODE_LINES
     assert names - {"numpy"} <= sys.stdlib_module_names
 
 

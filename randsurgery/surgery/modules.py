@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -77,17 +79,30 @@ def build(
         return model.eval()
     if recipe.model is None:
         raise IncompatibleError("the file names no architecture; pass your own: load(path, model=)")
-    shell = build_meta(recipe.model)
-    check_fit(recipe, who, shell, recipe.model.name)
-    raw = checkpoint.tensors(who.name, threads)
-    state = {name: to_torch(tensor) for name, tensor in raw.items()}
-    shell.load_state_dict(state, strict=True, assign=True)
+    with ThreadPoolExecutor(1) as beside:
+        masks_ahead = beside.submit(checkpoint.masks_ahead, who.name)
+        shell = build_meta(recipe.model)
+        check_fit(recipe, who, shell, recipe.model.name)
+        raw = checkpoint.tensors(who.name, threads, masks=masks_ahead.result())
+    _move_into(shell, raw)
     if not fill_hidden(shell):
         # some hidden buffer only the constructor can fill
         whole = build_initialised(recipe.model, 0)
         _copy_into(whole, raw)
         return whole.eval()
     return shell.eval()
+
+
+def _move_into(shell: nn.Module, raw: Mapping[str, RawTensor]) -> None:
+    """Make the tensors those of a module on meta, without a copy. ``check_fit`` has compared
+    names and shapes, so that nothing of load_state_dict's work is left but this."""
+    owners: dict[str, Any] = dict(shell.named_modules(remove_duplicate=False))
+    for name, tensor in raw.items():
+        prefix, _, leaf = name.rpartition(".")
+        old, new = getattr(owners[prefix], leaf), to_torch(tensor)
+        if isinstance(old, nn.Parameter):
+            new = nn.Parameter(new, requires_grad=old.requires_grad)
+        setattr(owners[prefix], leaf, new)
 
 
 def _copy_into(model: nn.Module, raw: Mapping[str, RawTensor]) -> None:
