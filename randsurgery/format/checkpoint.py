@@ -20,16 +20,13 @@ from randsurgery.errors import FileFormatError, IncompatibleError, UsageError, n
 from randsurgery.format.canonical import canonical_json, digest, strict_json
 from randsurgery.format.container import Container, check_output, pack, write_atomically
 from randsurgery.format.generator import F32Array
-from randsurgery.format.masks import Mask
 from randsurgery.format.rebuild import (
-    Ahead,
     Payloads,
     check_affordable,
     payload_name,
     read_mask,
     read_payload,
     rebuild_tensor,
-    sentence,
     split_payload_name,
 )
 from randsurgery.format.recipe import (
@@ -53,8 +50,6 @@ from randsurgery.format.recipe import (
 from randsurgery.format.tensors import RawTensor, claimed_bytes
 
 METADATA_KEY = "randsurgery"
-MAX_AHEAD = 1 << 26
-"""Bytes of masks that may be decoded before a module has confirmed their shapes."""
 LINE = 16
 """float32 elements in a cache line."""
 T = TypeVar("T")
@@ -105,8 +100,8 @@ class Checkpoint:
         slot, shape = payload_name(who.name, name, "scores"), self.recipe.resolved(who, name).shape
         return read_payload(self.payloads, slot, who.scores[name], dtype="F32", shape=shape)
 
-    def _rebuild(self, member: Member, name: str, ahead: Ahead | None = None) -> RawTensor:
-        return rebuild_tensor(self.recipe, member, name, self.payloads, self._base_tensor, ahead)
+    def _rebuild(self, member: Member, name: str, out: F32Array | None = None) -> RawTensor:
+        return rebuild_tensor(self.recipe, member, name, self.payloads, self._base_tensor, out)
 
     def _base_tensor(self, base: str, name: str) -> RawTensor:
         if base not in self.bases:
@@ -116,47 +111,19 @@ class Checkpoint:
         except KeyError:
             raise IncompatibleError(f"base {base!r} has no tensor {name!r}") from None
 
-    def masks_ahead(self, member: str | None = None) -> dict[str, Mask]:
-        """The masks of a member that select random tensors, by payload name.
-
-        Decoding them needs no interpreter, so that it can go on beside the construction of a
-        module. None are decoded if they would take more than ``MAX_AHEAD`` bytes, since a module
-        may yet show that the shapes are wrong.
-        """
-        who, wanted = self.member(member), {}
-        for name in self.recipe.tensor_names(who):
-            _, entry, steps = sentence(self.recipe, who, name)
-            owner, index, overlay = steps[0] if steps else ("", 0, None)
-            if isinstance(overlay, MaskOverlay):
-                wanted[payload_name(owner, name, f"{index}.mask")] = overlay, entry.size
-        if sum(size for _, size in wanted.values()) > 8 * MAX_AHEAD:
-            return {}
-        return {
-            slot: read_mask(self.payloads, slot, overlay, size)
-            for slot, (overlay, size) in wanted.items()
-        }
-
     def tensors(
-        self,
-        member: str | None = None,
-        threads: int | None = None,
-        *,
-        masks: Mapping[str, Mask] | None = None,
+        self, member: str | None = None, threads: int | None = None
     ) -> dict[str, RawTensor]:
         """All finished tensors of a member by name, in sorted order.
 
         Random tensors share one allocation, which is freed when the last of them is. ``threads``
-        and ``masks``, from ``masks_ahead``, change the time alone, never a bit.
+        changes the time alone, never a bit.
         """
         who = self.member(member)
         names = self.recipe.tensor_names(who)
         check_affordable(finished_bytes(self.recipe, who), "the checkpoint")
         room = _arena({name: self.recipe.resolved(who, name) for name in names})
-        rebuilt = in_threads(
-            lambda name: self._rebuild(who, name, Ahead(room.get(name), masks or {})),
-            names,
-            threads,
-        )
+        rebuilt = in_threads(lambda name: self._rebuild(who, name, room.get(name)), names, threads)
         return dict(zip(names, rebuilt, strict=True))
 
     def close(self) -> None:

@@ -7,8 +7,7 @@ alone, so tensors may be rebuilt in any order and on any number of threads.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import numpy as np
@@ -47,15 +46,6 @@ from randsurgery.format.tensors import (
     from_f32,
     to_f32,
 )
-
-
-@dataclass(frozen=True)
-class Ahead:
-    """What was prepared for one tensor: room for a random source, shape (size,), and masks that
-    are decoded already, by payload name. It saves time and changes no bit."""
-
-    out: npt.NDArray[np.float32] | None = None
-    masks: Mapping[str, masks.Mask] = field(default_factory=dict)
 
 
 class Payloads(Protocol):
@@ -334,15 +324,15 @@ def rebuild_tensor(
     name: str,
     payloads: Payloads,
     bases: BaseLookup,
-    ahead: Ahead | None = None,
+    out: npt.NDArray[np.float32] | None = None,
 ) -> RawTensor:
-    """One finished tensor of one member.
+    """One finished tensor of one member. ``out``, shape (size,), is room for a random source.
 
     Raises FileFormatError (a payload that is missing, misshapen or corrupt) or
     IncompatibleError (a base that does not fit, more memory than the machine has).
     """
     with np.errstate(all="ignore"):  # overflow to infinity is the format's meaning, not a fault
-        return _rebuilt(recipe, member, name, payloads, bases, ahead or Ahead())
+        return _rebuilt(recipe, member, name, payloads, bases, out)
 
 
 def _random_then_mask(
@@ -363,7 +353,7 @@ def _rebuilt(
     name: str,
     payloads: Payloads,
     bases: BaseLookup,
-    ahead: Ahead,
+    out: npt.NDArray[np.float32] | None,
 ) -> RawTensor:
     owner, entry, steps = sentence(recipe, member, name)
     check_affordable(claimed_bytes(entry.dtype, entry.shape), name)
@@ -377,11 +367,11 @@ def _rebuilt(
     elif (fused := _random_then_mask(entry, steps)) is not None:
         source, (mask_owner, mask_index, mask_overlay) = fused
         slot = payload_name(mask_owner, name, f"{mask_index}.mask")
-        mask = ahead.masks.get(slot) or read_mask(payloads, slot, mask_overlay, entry.size)
-        array = _masked_random(entry, source, name, mask, ahead.out).reshape(entry.shape)
+        mask = read_mask(payloads, slot, mask_overlay, entry.size)
+        array = _masked_random(entry, source, name, mask, out).reshape(entry.shape)
         steps = steps[1:]
     else:
-        array = _source(entry, owner, name, payloads, bases, ahead.out)
+        array = _source(entry, owner, name, payloads, bases, out)
     for step_owner, index, overlay in steps:
         slot = payload_name(step_owner, name, f"{index}.")
         array = _apply(entry, overlay, slot, name, array, payloads)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -79,11 +78,9 @@ def build(
         return model.eval()
     if recipe.model is None:
         raise IncompatibleError("the file names no architecture; pass your own: load(path, model=)")
-    with ThreadPoolExecutor(1) as beside:
-        masks_ahead = beside.submit(checkpoint.masks_ahead, who.name)
-        shell = build_meta(recipe.model)
-        check_fit(recipe, who, shell, recipe.model.name)
-        raw = checkpoint.tensors(who.name, threads, masks=masks_ahead.result())
+    shell = build_meta(recipe.model)
+    check_fit(recipe, who, shell, recipe.model.name)
+    raw = checkpoint.tensors(who.name, threads)
     _move_into(shell, raw)
     if not fill_hidden(shell):
         # some hidden buffer only the constructor can fill
