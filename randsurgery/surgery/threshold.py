@@ -13,6 +13,7 @@ threshold is found by partition. Every path gives the same set.
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,7 +30,7 @@ BLOCK = 1 << 18
 INFINITY_BITS = 0x7F800000
 """Bits of float32 infinity; the magnitude of a NaN is above."""
 
-MIN_MARGIN, MAX_MARGIN = 1 << 10, 1 << 21
+MIN_MARGIN, MAX_MARGIN = 1 << 13, 1 << 21
 """Bounds on half the bracket's width, in units of the last place of the threshold."""
 
 
@@ -43,7 +44,7 @@ class Bracket:
     def moved_to(self, threshold: int, inside: int, size: int) -> None:
         """Remember the threshold, and a margin of some times its last move."""
         if self.threshold >= 0:
-            margin = max(4 * abs(threshold - self.threshold), self.margin // 2)
+            margin = max(4 * abs(threshold - self.threshold), self.margin * 3 // 4)
             if inside * 64 > size:  # ordering many costs more than a rare miss
                 margin = min(margin, self.margin // 2)
             self.margin = min(max(margin, MIN_MARGIN), MAX_MARGIN)
@@ -120,37 +121,47 @@ def _rank(flat: torch.Tensor, rank: int, name: str) -> int:
     return int(np.partition(magnitudes, rank)[rank])
 
 
+_local = threading.local()
+
+
+def _scratch() -> tuple[npt.NDArray[np.int32], Bools, Bools]:
+    """Temporaries of one block, made once a thread: fresh memory costs more than the arithmetic."""
+    if not hasattr(_local, "scratch"):
+        bools = np.zeros((2, BLOCK + 8), dtype=np.bool_)
+        _local.scratch = (np.empty(BLOCK, dtype=np.int32), bools[0], bools[1])
+    found: tuple[npt.NDArray[np.int32], Bools, Bools] = _local.scratch
+    return found
+
+
 def _mask_from(
     flat: torch.Tensor, source: torch.Tensor, out: torch.Tensor, low: int, high: int, name: str
 ) -> _Pass:
     """Write the weights whose magnitude is at least ``low``, +0.0 elsewhere, and collect those
     in [low, high)."""
     size = flat.numel()
-    width = min(BLOCK, size)
     # torch's threads for what streams from memory, NumPy's loops for what stays in the cache
-    distances = np.empty(width, dtype=np.int32)
-    keeps = np.empty(width, dtype=np.int32)
-    over_low, under_high = np.zeros((2, width + 8), dtype=np.bool_)
+    magnitudes, over_low, under_high = _scratch()
     above, index, bits = 0, [], []
     for start in range(0, size, BLOCK):
-        part = flat[start : start + BLOCK]
-        count = part.numel()
-        distance, keep = distances[:count], keeps[:count]
-        torch_distance, torch_keep = torch.from_numpy(distance), torch.from_numpy(keep)
-        torch.bitwise_and(part, 0x7FFFFFFF, out=torch_distance)
-        torch.sub(low - 1, torch_distance, out=torch_distance)  # negative where magnitude >= low
-        if int(torch_distance.amin()) < low - 1 - INFINITY_BITS:
+        where = slice(start, start + BLOCK)
+        count = flat[where].numel()
+        magnitude = magnitudes[:count]
+        keep = torch.from_numpy(magnitude)
+        torch.bitwise_and(flat[where], 0x7FFFFFFF, out=keep)
+        if int(keep.amax()) > INFINITY_BITS:
             raise DivergedError(_nan(name))
-        torch.bitwise_right_shift(torch_distance, 31, out=torch_keep)  # all ones where kept
-        torch.bitwise_and(source[start : start + BLOCK], torch_keep, out=out[start : start + BLOCK])
-        np.less(distance, 0, out=over_low[:count])
-        np.greater_equal(distance, low - high, out=under_high[:count])
+        np.greater_equal(magnitude, low, out=over_low[:count])
+        np.less(magnitude, high, out=under_high[:count])
         kept = np.count_nonzero(over_low[:count])
         above += kept
         if kept - (count - np.count_nonzero(under_high[:count])):
-            where = _positions(over_low, under_high, count)
-            index.append(where + start)
-            bits.append(low - 1 - distance[where])
+            inside = _positions(over_low, under_high, count)
+            index.append(inside + start)
+            bits.append(magnitude[inside])
+        # the magnitudes become all ones where kept, all zeros elsewhere
+        torch.sub(low - 1, keep, out=keep)
+        torch.bitwise_right_shift(keep, 31, out=keep)
+        torch.bitwise_and(source[where], keep, out=out[where])
     if not index:
         return _Pass(size - above, torch.empty(0, dtype=torch.int64), torch.empty(0))
     return _Pass(
