@@ -15,8 +15,14 @@ from randsurgery.errors import (
     RandsurgeryError,
     UsageError,
 )
-from randsurgery.format.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
+from randsurgery.format.checkpoint import (
+    Checkpoint,
+    read_checkpoint,
+)
 from randsurgery.format.recipe import Recipe
+from randsurgery.format.writing import (
+    write_checkpoint,
+)
 from randsurgery.surgery.bases import open_checkpoint
 from randsurgery.surgery.modules import build, harvest
 from randsurgery.surgery.popup import Popup, attach

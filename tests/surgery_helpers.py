@@ -9,8 +9,15 @@ import numpy as np
 import torch
 from torch import nn
 
-from randsurgery.format.checkpoint import Checkpoint, Memory, read_checkpoint, write_checkpoint
+from randsurgery.format.checkpoint import (
+    Checkpoint,
+    Memory,
+    read_checkpoint,
+)
 from randsurgery.format.container import pack
+from randsurgery.format.writing import (
+    write_checkpoint,
+)
 from randsurgery.surgery.recipes import make_recipe
 from randsurgery.surgery.tensors import from_torch
 from randsurgery.training.settings import TrainSettings

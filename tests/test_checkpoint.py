@@ -21,20 +21,22 @@ from randsurgery.format.checkpoint import (
     METADATA_KEY,
     Checkpoint,
     Memory,
-    backbone_id,
-    finish,
     identity,
     parse_recipe,
     payload_names,
     read_checkpoint,
-    verify,
-    write_checkpoint,
 )
 from randsurgery.format.container import Container, pack, write_atomically
 from randsurgery.format.generator import NORMAL_TABLE_SHA256, generate, stream_key
 from randsurgery.format.hadamard import hadamard_rows
 from randsurgery.format.recipe import Recipe
 from randsurgery.format.tensors import STORAGE, RawTensor, from_f32
+from randsurgery.format.writing import (
+    backbone_id,
+    finish,
+    verify,
+    write_checkpoint,
+)
 
 Json = dict[str, Any]
 

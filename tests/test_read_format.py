@@ -36,9 +36,15 @@ from test_checkpoint import (
 )
 
 from randsurgery.errors import FileFormatError, IncompatibleError
-from randsurgery.format.checkpoint import Memory, read_checkpoint, write_checkpoint
+from randsurgery.format.checkpoint import (
+    Memory,
+    read_checkpoint,
+)
 from randsurgery.format.container import Container
 from randsurgery.format.tensors import DTYPES, RawTensor
+from randsurgery.format.writing import (
+    write_checkpoint,
+)
 
 SOURCE = Path(__file__).parents[1] / "docs" / "read_format.py"
 MOST_CODE_LINES = 150

@@ -12,5 +12,6 @@ Modules import only those above them in this list:
     recipe       the schema: sources, overlays, entries, members
     container    safetensors headers and payloads, read strictly and written atomically
     rebuild      recipe + payloads -> finished tensors
-    checkpoint   a whole file: read, assemble, write, verify
+    checkpoint   a recipe with its payloads and bases: opened, read, rebuilt
+    writing      a checkpoint to a file, and a file held against its digests
 """

@@ -3,41 +3,35 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
 from pydantic import ValidationError
 
 from randsurgery.errors import FileFormatError, IncompatibleError, UsageError, near
-from randsurgery.format.canonical import canonical_json, digest, strict_json
-from randsurgery.format.container import Container, check_output, pack, write_atomically
+from randsurgery.format.canonical import canonical_json, strict_json
+from randsurgery.format.container import Container
 from randsurgery.format.generator import F32Array
 from randsurgery.format.rebuild import (
     Payloads,
     check_affordable,
     payload_name,
-    read_mask,
     read_payload,
     rebuild_tensor,
-    split_payload_name,
 )
 from randsurgery.format.recipe import (
     FORMAT,
-    SHARED,
     VERSION,
-    BaseSource,
     Entry,
     MaskOverlay,
     Member,
-    MemberTensor,
     Overlay,
     RandomSource,
     Recipe,
@@ -92,7 +86,7 @@ class Checkpoint:
 
     def tensor(self, name: str, member: str | None = None) -> RawTensor:
         """One finished tensor, rebuilt from its sentence."""
-        return self._rebuild(self.member(member), name)
+        return self.rebuild(self.member(member), name)
 
     def scores(self, name: str, member: str | None = None) -> npt.NDArray[np.float32]:
         """The popup scores of one tensor, in its shape. Raises KeyError if none were kept."""
@@ -100,7 +94,8 @@ class Checkpoint:
         slot, shape = payload_name(who.name, name, "scores"), self.recipe.resolved(who, name).shape
         return read_payload(self.payloads, slot, who.scores[name], dtype="F32", shape=shape)
 
-    def _rebuild(self, member: Member, name: str, out: F32Array | None = None) -> RawTensor:
+    def rebuild(self, member: Member, name: str, out: F32Array | None = None) -> RawTensor:
+        """One finished tensor; ``out``, shape (size,), is room for a random source."""
         return rebuild_tensor(self.recipe, member, name, self.payloads, self._base_tensor, out)
 
     def _base_tensor(self, base: str, name: str) -> RawTensor:
@@ -123,7 +118,7 @@ class Checkpoint:
         names = self.recipe.tensor_names(who)
         check_affordable(finished_bytes(self.recipe, who), "the checkpoint")
         room = _arena({name: self.recipe.resolved(who, name) for name in names})
-        rebuilt = in_threads(lambda name: self._rebuild(who, name, room.get(name)), names, threads)
+        rebuilt = in_threads(lambda name: self.rebuild(who, name, room.get(name)), names, threads)
         return dict(zip(names, rebuilt, strict=True))
 
     def close(self) -> None:
@@ -370,152 +365,3 @@ def _names(tensors: Payloads) -> Iterable[str]:
     if isinstance(tensors, Container):
         return tensors.infos
     return tensors.keys() if isinstance(tensors, Mapping) else ()
-
-
-# --- writing -------------------------------------------------------------------------------------
-
-
-def backbone_id(recipe: Recipe, payloads: Payloads) -> str:
-    """Digest of the shared entries by decoded content: equal if and only if members of one file
-    can be grafted onto the other. Normative text: docs/format.md section 6."""
-    rows = []
-    for name, entry in sorted(recipe.tensors.items()):
-        source = entry.source.to_json()
-        if isinstance(entry.source, RandomSource):
-            source["stream"] = name if entry.source.stream is None else entry.source.stream
-        if isinstance(entry.source, BaseSource):
-            source["base"] = recipe.bases[entry.source.base].identity
-        overlays = []
-        for index, overlay in enumerate(entry.overlays):
-            part = overlay.to_json()
-            if isinstance(overlay, (MaskOverlay, ScatterOverlay)):
-                slot = payload_name(SHARED, name, f"{index}.mask")
-                del part["encoding"]
-                part["digest"] = digest(read_mask(payloads, slot, overlay, entry.size).packed)
-            overlays.append(part)
-        rows.append([name, entry.dtype, list(entry.shape), source, overlays])
-    return digest(canonical_json(rows))
-
-
-def finish(checkpoint: Checkpoint) -> Checkpoint:
-    """The same checkpoint with the digest of every finished tensor and its backbone id."""
-    recipe = checkpoint.recipe
-    bare = Member(name="main")  # shared entries alone
-
-    def shared(name: str) -> Entry:
-        found = checkpoint._rebuild(bare, name).digest()
-        return recipe.tensors[name].model_copy(update={"digest": found})
-
-    names = list(recipe.tensors)
-    tensors = dict(zip(names, in_threads(shared, names), strict=True))
-    members = tuple(_finish_member(checkpoint, member) for member in recipe.members)
-    update: dict[str, Any] = {"tensors": tensors, "members": members}
-    update["backbone_id"] = backbone_id(recipe, checkpoint.payloads)
-    return replace(checkpoint, recipe=recipe.model_copy(update=update))
-
-
-def _finish_member(checkpoint: Checkpoint, member: Member) -> Member:
-    def own(name: str) -> MemberTensor:
-        found, part = checkpoint._rebuild(member, name).digest(), member.tensors[name]
-        if part.entry is None:
-            return part.model_copy(update={"digest": found})
-        return MemberTensor(entry=part.entry.model_copy(update={"digest": found}))
-
-    names = list(member.tensors)
-    return member.model_copy(
-        update={"tensors": dict(zip(names, in_threads(own, names), strict=True))}
-    )
-
-
-def write_checkpoint(
-    path: str | os.PathLike[str], checkpoint: Checkpoint, *, force: bool = False
-) -> int:
-    """Finish, write, re-read and verify a checkpoint, then rename it into place.
-
-    Returns the file's bytes. Raises OutputError if the disk refuses or the file exists and
-    ``force`` is false; an old file is untouched unless all went well.
-    """
-    check_output(path, force=force)
-    done = finish(checkpoint)
-    text = canonical_json(done.recipe.to_json()).decode("ascii")
-    parse_recipe(text, Path(path).name)  # what is written can be read
-    names = list(payload_names(done.recipe))
-    payloads = {name: done.payloads.read(name) for name in names}
-    metadata = {"format": "pt", METADATA_KEY: text}
-
-    def verify_written(written: Path) -> None:
-        with Container(written) as container:
-            again = parse_recipe(container.metadata[METADATA_KEY], written.name)
-            if again != parse_recipe(text, written.name):
-                raise FileFormatError(f"{written}: the recipe read back differs")
-            copy = Checkpoint(again, container, done.bases, written)
-            if faults := [c for c in verify(copy) if not c.ok]:
-                raise FileFormatError(f"{written}: {faults[0].what}: {faults[0].detail}")
-
-    return write_atomically(path, pack(payloads, metadata), verify_written)
-
-
-# --- verifying -----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Check:
-    """One digest compared: what it covers, whether it agreed, and if not, how."""
-
-    what: str
-    ok: bool
-    detail: str = ""
-
-
-def verify(checkpoint: Checkpoint) -> list[Check]:
-    """Compare every digest of the file: finished tensors, payloads, backbone id.
-
-    A tensor that fails does not stop the others. Payloads are compared on their own, too: one
-    that lies under a replacement takes no part in any finished tensor.
-    """
-    recipe = checkpoint.recipe
-
-    def check(member: Member, name: str, expected: str | None, what: str) -> Check:
-        try:
-            found = checkpoint._rebuild(member, name).digest()
-        except (FileFormatError, IncompatibleError) as error:
-            return Check(what, False, str(error))
-        ok = found == expected
-        return Check(what, ok, "" if ok else f"rebuilt {found}, the recipe says {expected}")
-
-    bare = Member(name="main")
-    work: list[Callable[[], Check]] = [
-        functools.partial(check, bare, name, entry.digest, f"shared/{name}")
-        for name, entry in recipe.tensors.items()
-    ]
-    for member in recipe.members:
-        for name, own in member.tensors.items():
-            wanted = own.digest if own.entry is None else own.entry.digest
-            what = f"{member.name}/{name}"
-            work.append(functools.partial(check, member, name, wanted, what))
-    for slot, expected in payload_digests(recipe):
-        work.append(functools.partial(_check_payload, checkpoint, slot, expected))
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        checks = list(pool.map(lambda one: one(), work))
-    return [*checks, _check_backbone(checkpoint)]
-
-
-def _check_payload(checkpoint: Checkpoint, slot: str, expected: str) -> Check:
-    owner, name, last = split_payload_name(slot)
-    try:
-        if last == "scores":
-            checkpoint.scores(name, owner)
-        else:
-            read_payload(checkpoint.payloads, slot, expected)
-    except FileFormatError as error:
-        return Check(slot, False, str(error))
-    return Check(slot, True)
-
-
-def _check_backbone(checkpoint: Checkpoint) -> Check:
-    try:
-        found = backbone_id(checkpoint.recipe, checkpoint.payloads)
-    except (FileFormatError, IncompatibleError) as error:
-        return Check("backbone_id", False, str(error))
-    ok = found == checkpoint.recipe.backbone_id
-    return Check("backbone_id", ok, "" if ok else f"{found}, not {checkpoint.recipe.backbone_id}")

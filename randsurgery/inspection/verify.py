@@ -6,8 +6,14 @@ import os
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from randsurgery.format.checkpoint import Check, read_checkpoint, verify
+from randsurgery.format.checkpoint import (
+    read_checkpoint,
+)
 from randsurgery.format.rebuild import Payloads
+from randsurgery.format.writing import (
+    Check,
+    verify,
+)
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,13 @@ from randsurgery.format.checkpoint import (
     Checkpoint,
     Memory,
     payload_names,
-    write_checkpoint,
 )
 from randsurgery.format.container import check_output, pack, write_atomically
 from randsurgery.format.rebuild import payload_name
 from randsurgery.format.recipe import BaseSource, Member, MemberTensor, Recipe, StoredSource
+from randsurgery.format.writing import (
+    write_checkpoint,
+)
 from randsurgery.jobs.hub import local_file
 from randsurgery.surgery.bases import open_checkpoint
 

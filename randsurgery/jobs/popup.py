@@ -15,11 +15,13 @@ from torch import nn
 from randsurgery.errors import IncompatibleError
 from randsurgery.format.checkpoint import (
     Checkpoint,
-    write_checkpoint,
 )
 from randsurgery.format.container import check_output
 from randsurgery.format.recipe import (
     DatasetSpec,
+)
+from randsurgery.format.writing import (
+    write_checkpoint,
 )
 from randsurgery.jobs.inputs import (
     DataOptions,

@@ -1,0 +1,184 @@
+"""A checkpoint to a file, and a file held against its digests: finish, write, verify."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from randsurgery.errors import FileFormatError, IncompatibleError
+from randsurgery.format.canonical import canonical_json, digest
+from randsurgery.format.checkpoint import (
+    METADATA_KEY,
+    Checkpoint,
+    in_threads,
+    parse_recipe,
+    payload_digests,
+    payload_names,
+)
+from randsurgery.format.container import Container, check_output, pack, write_atomically
+from randsurgery.format.rebuild import (
+    Payloads,
+    payload_name,
+    read_mask,
+    read_payload,
+    split_payload_name,
+)
+from randsurgery.format.recipe import (
+    SHARED,
+    BaseSource,
+    Entry,
+    MaskOverlay,
+    Member,
+    MemberTensor,
+    RandomSource,
+    Recipe,
+    ScatterOverlay,
+)
+
+
+def backbone_id(recipe: Recipe, payloads: Payloads) -> str:
+    """Digest of the shared entries by decoded content: equal if and only if members of one file
+    can be grafted onto the other. Normative text: docs/format.md section 6."""
+    rows = []
+    for name, entry in sorted(recipe.tensors.items()):
+        source = entry.source.to_json()
+        if isinstance(entry.source, RandomSource):
+            source["stream"] = name if entry.source.stream is None else entry.source.stream
+        if isinstance(entry.source, BaseSource):
+            source["base"] = recipe.bases[entry.source.base].identity
+        overlays = []
+        for index, overlay in enumerate(entry.overlays):
+            part = overlay.to_json()
+            if isinstance(overlay, (MaskOverlay, ScatterOverlay)):
+                slot = payload_name(SHARED, name, f"{index}.mask")
+                del part["encoding"]
+                part["digest"] = digest(read_mask(payloads, slot, overlay, entry.size).packed)
+            overlays.append(part)
+        rows.append([name, entry.dtype, list(entry.shape), source, overlays])
+    return digest(canonical_json(rows))
+
+
+def finish(checkpoint: Checkpoint) -> Checkpoint:
+    """The same checkpoint with the digest of every finished tensor and its backbone id."""
+    recipe = checkpoint.recipe
+    bare = Member(name="main")  # shared entries alone
+
+    def shared(name: str) -> Entry:
+        found = checkpoint.rebuild(bare, name).digest()
+        return recipe.tensors[name].model_copy(update={"digest": found})
+
+    names = list(recipe.tensors)
+    tensors = dict(zip(names, in_threads(shared, names), strict=True))
+    members = tuple(_finish_member(checkpoint, member) for member in recipe.members)
+    update: dict[str, Any] = {"tensors": tensors, "members": members}
+    update["backbone_id"] = backbone_id(recipe, checkpoint.payloads)
+    return replace(checkpoint, recipe=recipe.model_copy(update=update))
+
+
+def _finish_member(checkpoint: Checkpoint, member: Member) -> Member:
+    def own(name: str) -> MemberTensor:
+        found, part = checkpoint.rebuild(member, name).digest(), member.tensors[name]
+        if part.entry is None:
+            return part.model_copy(update={"digest": found})
+        return MemberTensor(entry=part.entry.model_copy(update={"digest": found}))
+
+    names = list(member.tensors)
+    return member.model_copy(
+        update={"tensors": dict(zip(names, in_threads(own, names), strict=True))}
+    )
+
+
+def write_checkpoint(
+    path: str | os.PathLike[str], checkpoint: Checkpoint, *, force: bool = False
+) -> int:
+    """Finish, write, re-read and verify a checkpoint, then rename it into place.
+
+    Returns the file's bytes. Raises OutputError if the disk refuses or the file exists and
+    ``force`` is false; an old file is untouched unless all went well.
+    """
+    check_output(path, force=force)
+    done = finish(checkpoint)
+    text = canonical_json(done.recipe.to_json()).decode("ascii")
+    parse_recipe(text, Path(path).name)  # what is written can be read
+    names = list(payload_names(done.recipe))
+    payloads = {name: done.payloads.read(name) for name in names}
+    metadata = {"format": "pt", METADATA_KEY: text}
+
+    def verify_written(written: Path) -> None:
+        with Container(written) as container:
+            again = parse_recipe(container.metadata[METADATA_KEY], written.name)
+            if again != parse_recipe(text, written.name):
+                raise FileFormatError(f"{written}: the recipe read back differs")
+            copy = Checkpoint(again, container, done.bases, written)
+            if faults := [c for c in verify(copy) if not c.ok]:
+                raise FileFormatError(f"{written}: {faults[0].what}: {faults[0].detail}")
+
+    return write_atomically(path, pack(payloads, metadata), verify_written)
+
+
+@dataclass(frozen=True)
+class Check:
+    """One digest compared: what it covers, whether it agreed, and if not, how."""
+
+    what: str
+    ok: bool
+    detail: str = ""
+
+
+def verify(checkpoint: Checkpoint) -> list[Check]:
+    """Compare every digest of the file: finished tensors, payloads, backbone id.
+
+    A tensor that fails does not stop the others. Payloads are compared on their own, too: one
+    that lies under a replacement takes no part in any finished tensor.
+    """
+    recipe = checkpoint.recipe
+
+    def check(member: Member, name: str, expected: str | None, what: str) -> Check:
+        try:
+            found = checkpoint.rebuild(member, name).digest()
+        except (FileFormatError, IncompatibleError) as error:
+            return Check(what, False, str(error))
+        ok = found == expected
+        return Check(what, ok, "" if ok else f"rebuilt {found}, the recipe says {expected}")
+
+    bare = Member(name="main")
+    work: list[Callable[[], Check]] = [
+        functools.partial(check, bare, name, entry.digest, f"shared/{name}")
+        for name, entry in recipe.tensors.items()
+    ]
+    for member in recipe.members:
+        for name, own in member.tensors.items():
+            wanted = own.digest if own.entry is None else own.entry.digest
+            what = f"{member.name}/{name}"
+            work.append(functools.partial(check, member, name, wanted, what))
+    for slot, expected in payload_digests(recipe):
+        work.append(functools.partial(_check_payload, checkpoint, slot, expected))
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        checks = list(pool.map(lambda one: one(), work))
+    return [*checks, _check_backbone(checkpoint)]
+
+
+def _check_payload(checkpoint: Checkpoint, slot: str, expected: str) -> Check:
+    owner, name, last = split_payload_name(slot)
+    try:
+        if last == "scores":
+            checkpoint.scores(name, owner)
+        else:
+            read_payload(checkpoint.payloads, slot, expected)
+    except FileFormatError as error:
+        return Check(slot, False, str(error))
+    return Check(slot, True)
+
+
+def _check_backbone(checkpoint: Checkpoint) -> Check:
+    try:
+        found = backbone_id(checkpoint.recipe, checkpoint.payloads)
+    except (FileFormatError, IncompatibleError) as error:
+        return Check("backbone_id", False, str(error))
+    ok = found == checkpoint.recipe.backbone_id
+    return Check("backbone_id", ok, "" if ok else f"{found}, not {checkpoint.recipe.backbone_id}")
