@@ -65,6 +65,11 @@ def draw_head_bias(model: nn.Module) -> None:
                 parameter.copy_(torch.linspace(-1, 1, CLASSES).view_as(parameter))
 
 
+def assert_close_logits(found: torch.Tensor, expected: torch.Tensor) -> None:
+    """Equal tensors, but torch picks kernels by alignment and threads, so not the last bits."""
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_recipe_file_module_and_export_agree(family: str, tmp_path: Path) -> None:
     recipe, size = recipe_of(family)
@@ -78,7 +83,7 @@ def test_recipe_file_module_and_export_agree(family: str, tmp_path: Path) -> Non
     assert said.shape[-1] == CLASSES
     assert torch.isfinite(said).all()
     assert float((said[0] - said[1]).abs().max()) > 0  # no branch is silenced by a zero scale
-    assert same_bits(logits(again, size), said)
+    assert_close_logits(logits(again, size), said)
 
     done = CliRunner().invoke(app, ["export", str(path), "-o", str(dense), "-q"])
     assert done.exit_code == 0, done.output
@@ -87,7 +92,7 @@ def test_recipe_file_module_and_export_agree(family: str, tmp_path: Path) -> Non
     assert_same_state(plain.state_dict(), model.state_dict())
     for hidden in hidden_names(plain):
         assert torch.equal(again.get_buffer(hidden), plain.get_buffer(hidden)), hidden
-    assert same_bits(logits(plain, size), said)
+    assert_close_logits(logits(plain, size), said)
 
 
 MASKABLE = [family for family in FAMILIES if family != "nfnet"]
@@ -116,7 +121,7 @@ def test_popup_learns_a_mask_that_comes_back(family: str, tmp_path: Path) -> Non
         if name in attached(model):
             assert int((weight == 0).sum()) == weight.numel() * 6 // 10
     # torch picks another kernel for a weight that needs no gradient, so the last bits may differ
-    torch.testing.assert_close(logits(again, size), logits(model, size), rtol=1e-4, atol=1e-4)
+    assert_close_logits(logits(again, size), logits(model, size))
     masks = [row for row in storage(path).tensors if "mask" in row.overlays]
     weights = sum(row.dense_bytes for row in masks) / 4
     assert sum(row.bytes for row in masks) < weights / 8 + 64 * len(masks)
