@@ -6,7 +6,7 @@ The library in one breath::
 
     recipe = rs.make_recipe("conv4", seed=7, args={"num_classes": 10})
     model = rs.build(recipe)
-    rs.attach(model, rs.Popup(k="0.5"))
+    rs.attach(model, rs.Popup(k="0.5")).train()
     ...                                      # any training loop
     rs.save("conv4.safetensors", recipe, model)
     model = rs.load("conv4.safetensors")     # a plain nn.Module, bit for bit

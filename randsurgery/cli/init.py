@@ -66,3 +66,4 @@ def init(
         print_json({"path": str(path), "bytes": report.bytes, "dense_bytes": report.dense_bytes})
     else:
         render.show_storage(report, tensors=False)
+        note(f"written and verified: {path}")

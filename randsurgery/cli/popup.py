@@ -202,5 +202,6 @@ def _run(job: Any, json: bool) -> None:
         )
         return
     render.show_storage(report, tensors=False)
-    note(f"written and verified: {result.path}; metrics: {result.metrics_path}")
+    note(f"written and verified: {result.path}")
+    note(f"metrics: {result.metrics_path}")
     common.out().print(f"test accuracy {last['test_accuracy']:.2%}")

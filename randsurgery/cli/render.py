@@ -91,16 +91,16 @@ def training_progress(epochs: int) -> Iterator[Hooks]:
     shown = console.is_terminal and verbosity.level >= 1
     bar = Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
-        TextColumn("loss {task.fields[loss]:.3f}"), TimeRemainingColumn(),
+        TextColumn("{task.fields[loss]}"), TimeRemainingColumn(),
         console=console, transient=True, disable=not shown,
     )  # fmt: skip
-    task = bar.add_task("epoch 1", total=None, loss=float("nan"))
+    task = bar.add_task("epoch 1", total=None, loss="")
 
     def on_epoch_start(epoch: int, steps: int) -> None:
         bar.reset(task, total=steps, description=f"epoch {epoch + 1}/{epochs}")
 
     def on_step(_: int, loss: float) -> None:
-        bar.update(task, advance=1, loss=loss)
+        bar.update(task, advance=1, loss=f"loss {loss:.3f}")
 
     def on_epoch(record: dict[str, Any]) -> None:
         flips = f", {record['flipped']:.2%} of the mask flipped" if "flipped" in record else ""

@@ -22,8 +22,9 @@ from randsurgery.format.recipe import BaseSource, Member, MemberTensor, Recipe, 
 from randsurgery.format.writing import (
     write_checkpoint,
 )
-from randsurgery.jobs.hub import local_file
+from randsurgery.jobs.hub import PREFIX, local_file
 from randsurgery.surgery.bases import open_checkpoint
+from randsurgery.surgery.zoo import zoo_names
 
 KINDS = ("dense", "timm", "self-contained")
 
@@ -53,12 +54,15 @@ def prepare(
         path = local_file(file)
         checkpoint = stack.enter_context(open_checkpoint(path, base))
         who = checkpoint.member(member)
-        target = _target(
-            checkpoint, output, Path(file.rpartition("@")[0] or file).stem, kind, force
-        )
+        target = _target(checkpoint, output, _stem(file), kind, force)
         load = _how_to_load(checkpoint.recipe, who, kind, target)
         stack.pop_all()
     return Export(checkpoint, who, kind, target, load, force)
+
+
+def _stem(file: str) -> str:
+    """What names the default output: the file's stem, or the repository's name."""
+    return file.partition("@")[0].rpartition("/")[2] if file.startswith(PREFIX) else Path(file).stem
 
 
 def _target(checkpoint: Checkpoint, output: str | None, stem: str, kind: str, force: bool) -> Path:
@@ -78,15 +82,18 @@ def _target(checkpoint: Checkpoint, output: str | None, stem: str, kind: str, fo
 def _how_to_load(recipe: Recipe, member: Member, kind: str, target: Path) -> str:
     if kind == "self-contained":
         return f"randsurgery.load({str(target)!r})"
-    if kind == "timm":
-        return f"timm.create_model({'local-dir:' + str(target)!r}, pretrained=True)"
     if recipe.model is None:
         return f"safetensors.torch.load_file({str(target)!r})"
+    ours = recipe.model.name in zoo_names()
+    first = "import randsurgery.surgery.zoo; " if ours else ""
+    if kind == "timm":
+        return f"{first}timm.create_model({'local-dir:' + str(target)!r}, pretrained=True)"
     args: dict[str, Any] = dict(recipe.model.args)
     if "num_classes" not in args and member.head is not None:
         args["num_classes"] = member.head.classes
     given = "".join(f", {key}={_argument(value)}" for key, value in sorted(args.items()))
-    return f"timm.create_model({recipe.model.name!r}, checkpoint_path={str(target)!r}{given})"
+    call = f"timm.create_model({recipe.model.name!r}, checkpoint_path={str(target)!r}{given})"
+    return first + call
 
 
 def _argument(value: Any) -> str:

@@ -1,7 +1,8 @@
 """Files from the Hugging Face Hub: ``hf-hub:ORG/REPO[@REVISION]``, on the command line only.
 
 A repository holds either a file of this format or dense weights with timm's ``config.json``. Files
-come through huggingface_hub into its cache; nothing recorded in a checkpoint ever leads here.
+come through huggingface_hub into its cache. A file can name its base, a bare file name, which is
+then fetched from the repository the user named; no other address ever comes from a file.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from randsurgery.errors import IncompatibleError
+from randsurgery.errors import DataError, IncompatibleError
 from randsurgery.format.checkpoint import (
     Checkpoint,
 )
@@ -119,6 +119,8 @@ def _prepare(plan: PopupPlan, stack: contextlib.ExitStack) -> Prepared:
     train = open_split("train", None)
     test = open_split("test", train.classes)
     classes = plan.data.num_classes or len(train.classes)
+    if classes == 0:
+        raise DataError(f"{dataset.name} does not say its classes; pass --num-classes")
     if classes < len(train.classes):
         raise IncompatibleError(
             f"--num-classes {classes} is too few: {dataset.name} has {len(train.classes)}"
@@ -192,11 +194,14 @@ def _with_flips(hooks: Hooks, model: nn.Module, write: Callable[[Record], None])
 
 def _popup_settings(job: Prepared) -> dict[str, Any]:
     plan = job.plan
-    return {
-        "k": str(plan.popup.k),
+    weights: dict[str, Any] = {
         "init": plan.source.init,
         "init_seed": plan.source.seed,
         "scaled": plan.source.scaled_for is not None,
+    }
+    return {
+        "k": str(plan.popup.k),
+        **({} if plan.source.is_file else weights),  # a file's weights are what it says
         "skip": list(plan.popup.skip),
         "learn": list(plan.popup.learn),
         "mask": plan.popup.mask,

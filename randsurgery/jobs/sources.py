@@ -86,8 +86,11 @@ def open_source(spec: SourceSpec) -> Checkpoint:
 
     Only a base may still lie in a file, which the checkpoint's ``close`` closes.
     """
-    if spec.is_file and (spec.pretrained or spec.checkpoint):
-        raise UsageError("--pretrained and --checkpoint go with an architecture, not a file")
+    if spec.is_file and (spec.pretrained or spec.checkpoint or spec.scaled_for or spec.args):
+        raise UsageError(
+            "--pretrained, --checkpoint, --scaled, --width and --model-kwargs go with an "
+            "architecture; a file has its weights already"
+        )
     if spec.pretrained and spec.checkpoint:
         raise UsageError("--pretrained and --checkpoint exclude each other")
     if spec.is_file:

@@ -114,6 +114,11 @@ default_cfgs = generate_default_cfgs(
 )
 
 
+def zoo_names() -> tuple[str, ...]:
+    """The architectures that timm knows only after this module is imported."""
+    return tuple(name.partition(".")[0] for name in default_cfgs)
+
+
 def _conv(depth: int, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:
     model: nn.Module = build_model_with_cfg(
         ConvN, f"conv{depth}", pretrained, depth=depth, **kwargs

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from timm.utils import AverageMeter, accuracy
+from timm.utils import AverageMeter
 from torch import nn
 from torch.nn import functional as F
 
@@ -53,7 +53,7 @@ def evaluate(
     """
     was_training = model.training
     model.eval()
-    losses, first, fifth = AverageMeter(), AverageMeter(), AverageMeter()
+    losses, images_seen, first, fifth = AverageMeter(), 0, 0, 0
     for images, labels in data.evaluation(batch_size):
         with autocast(images.device, amp):
             logits = model(images)
@@ -64,10 +64,15 @@ def evaluate(
             )
         count = len(labels)
         losses.update(float(F.cross_entropy(logits, labels)), count)
-        top1, top5 = accuracy(logits, labels, topk=(1, 5))  # a topk beyond the classes is cut
-        first.update(float(top1) / 100, count)
-        fifth.update(float(top5) / 100, count)
+        # counted, not averaged: the shares are exact and independent of the batch size
+        best = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
+        images_seen, first, fifth = (
+            images_seen + count,
+            first + int(best[:, 0].sum()),
+            fifth + int(best.sum()),
+        )
         if on_batch is not None:
             on_batch(count)
     model.train(was_training)
-    return Evaluation(first.avg, fifth.avg, losses.avg, int(losses.count))
+    seen = max(images_seen, 1)
+    return Evaluation(first / seen, fifth / seen, losses.avg, images_seen)

@@ -88,10 +88,10 @@ def start(model: nn.Module, train: Data, settings: TrainSettings) -> Run:
         )
     except (ValueError, AssertionError, KeyError, TypeError, RuntimeError) as error:
         reason = str(error).splitlines()[0] if str(error) else repr(error)
-        hint = near(settings.opt, list_optimizers()) + near(settings.sched, SCHEDULES)
+        hint = "" if settings.opt in list_optimizers() else near(settings.opt, list_optimizers())
+        hint += "" if settings.sched in SCHEDULES else near(settings.sched, SCHEDULES)
         raise UsageError(
-            f"--opt {settings.opt} with --sched {settings.sched} cannot be set up: {reason}"
-            + ("" if settings.opt in list_optimizers() and settings.sched in SCHEDULES else hint)
+            f"--opt {settings.opt} with --sched {settings.sched} cannot be set up: {reason}" + hint
         ) from None
     return run
 
