@@ -621,6 +621,11 @@ def test_data_that_is_missing_or_does_not_fit(net: Path, here: Path, tmp_path: P
 # --- as a program --------------------------------------------------------------------------------
 
 
+def _heed_interrupts() -> None:
+    """A job that a script started in the background ignores SIGINT, and so would its children."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_ctrl_c_ends_with_130_and_leaves_the_old_files(here: Path) -> None:
     old = {"a.safetensors": b"old", "a.metrics.jsonl": b"old metrics"}
     for name, data in old.items():
@@ -631,17 +636,18 @@ def test_ctrl_c_ends_with_130_and_leaves_the_old_files(here: Path) -> None:
     ]  # fmt: skip
     process = subprocess.Popen(
         command, cwd=here, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        env=environment(),
+        env=environment(), preexec_fn=_heed_interrupts,
     )  # fmt: skip
-    assert process.stderr is not None
-    try:
-        for line in process.stderr:
-            if line.startswith("epoch 1/"):
-                break
-        process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=60)
-    finally:
-        process.kill()
+    with process:
+        assert process.stderr is not None
+        try:
+            for line in process.stderr:
+                if line.startswith("epoch 1/"):
+                    break
+            process.send_signal(signal.SIGINT)
+            out, err = process.communicate(timeout=60)
+        finally:
+            process.kill()
     assert process.returncode == 130
     assert out == ""
     assert err.strip().splitlines()[-1] == "interrupted; nothing was written"
