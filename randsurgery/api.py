@@ -20,9 +20,7 @@ from randsurgery.format.checkpoint import (
     read_checkpoint,
 )
 from randsurgery.format.recipe import Recipe
-from randsurgery.format.writing import (
-    write_checkpoint,
-)
+from randsurgery.format.writing import write_checkpoint
 from randsurgery.surgery.bases import open_checkpoint
 from randsurgery.surgery.modules import build, harvest
 from randsurgery.surgery.popup import Popup, attach

@@ -65,3 +65,9 @@ def near(name: str, candidates: Iterable[str], limit: int = 3) -> str:
     """``"; near: a, b"`` for the candidates closest to ``name``, or an empty string."""
     found = difflib.get_close_matches(name, list(candidates), n=limit, cutoff=0.6)
     return f"; near: {', '.join(found)}" if found else ""
+
+
+def reason(error: BaseException, limit: int = 200) -> str:
+    """The first line of another library's error, cut to ``limit`` characters."""
+    text = str(error).strip()
+    return text.splitlines()[0][:limit] if text else repr(error)

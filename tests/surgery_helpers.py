@@ -15,9 +15,7 @@ from randsurgery.format.checkpoint import (
     read_checkpoint,
 )
 from randsurgery.format.container import pack
-from randsurgery.format.writing import (
-    write_checkpoint,
-)
+from randsurgery.format.writing import write_checkpoint
 from randsurgery.surgery.recipes import make_recipe
 from randsurgery.surgery.tensors import from_torch
 from randsurgery.training.settings import TrainSettings

@@ -42,9 +42,7 @@ from randsurgery.format.checkpoint import (
 )
 from randsurgery.format.container import Container
 from randsurgery.format.tensors import DTYPES, RawTensor
-from randsurgery.format.writing import (
-    write_checkpoint,
-)
+from randsurgery.format.writing import write_checkpoint
 
 SOURCE = Path(__file__).parents[1] / "docs" / "read_format.py"
 MOST_CODE_LINES = 150

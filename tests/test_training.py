@@ -20,9 +20,7 @@ from torch import nn
 from randsurgery.errors import DataError, DivergedError, UsageError
 from randsurgery.format.canonical import canonical_json
 from randsurgery.format.recipe import DatasetSpec, InputSpec
-from randsurgery.format.writing import (
-    write_checkpoint,
-)
+from randsurgery.format.writing import write_checkpoint
 from randsurgery.surgery.modules import build, harvest
 from randsurgery.surgery.popup import Popup, attach
 from randsurgery.training import data as data_module

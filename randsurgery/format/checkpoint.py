@@ -1,4 +1,4 @@
-"""A whole checkpoint file: read its recipe, finish its tensors, write it, verify it."""
+"""A recipe with its payloads and bases: opened, read, rebuilt."""
 
 from __future__ import annotations
 
@@ -222,7 +222,8 @@ def overlay_slots(overlays: tuple[Overlay, ...]) -> Iterator[tuple[str, str]]:
             yield f"{index}.tensor", overlay.digest
 
 
-def _entry_slots(entry: Entry) -> Iterator[tuple[str, str]]:
+def entry_slots(entry: Entry) -> Iterator[tuple[str, str]]:
+    """(slot, digest) of every payload that an entry needs."""
     if isinstance(entry.source, (StoredSource, SignsSource)):
         yield "source", entry.source.digest
     yield from overlay_slots(entry.overlays)
@@ -232,7 +233,7 @@ def payload_digests(recipe: Recipe, owner: str | None = None) -> Iterator[tuple[
     """(name, digest) of all payloads, or of those that ``owner`` ("shared" or a member) brings."""
     for who, name, entry in recipe.entries():
         if owner in (None, who):
-            for slot, expected in _entry_slots(entry):
+            for slot, expected in entry_slots(entry):
                 yield payload_name(who, name, slot), expected
     for member in recipe.members:
         if owner not in (None, member.name):

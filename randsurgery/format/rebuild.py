@@ -318,6 +318,12 @@ def sentence(recipe: Recipe, member: Member, name: str) -> tuple[str, Entry, lis
     return owner, entry, steps
 
 
+def needed_steps(steps: list[Step]) -> list[Step]:
+    """The steps from the last replacement on: what comes before it leaves no trace."""
+    last = max((i for i, s in enumerate(steps) if isinstance(s[2], ReplaceOverlay)), default=0)
+    return steps[last:]
+
+
 def rebuild_tensor(
     recipe: Recipe,
     member: Member,
@@ -357,12 +363,8 @@ def _rebuilt(
 ) -> RawTensor:
     owner, entry, steps = sentence(recipe, member, name)
     check_affordable(claimed_bytes(entry.dtype, entry.shape), name)
-    # what comes before a replacement leaves no trace, so it need not be made
-    last = max(
-        (i for i, (_, _, o) in enumerate(steps) if isinstance(o, ReplaceOverlay)), default=-1
-    )
-    steps = steps[max(last, 0) :]
-    if last >= 0:
+    steps = needed_steps(steps)
+    if steps and isinstance(steps[0][2], ReplaceOverlay):
         array: npt.NDArray[Any] = np.empty(0)  # replaced by the first step
     elif (fused := _random_then_mask(entry, steps)) is not None:
         source, (mask_owner, mask_index, mask_overlay) = fused

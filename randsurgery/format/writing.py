@@ -104,7 +104,7 @@ def write_checkpoint(
     check_output(path, force=force)
     done = finish(checkpoint)
     text = canonical_json(done.recipe.to_json()).decode("ascii")
-    parse_recipe(text, Path(path).name)  # what is written can be read
+    readable = parse_recipe(text, Path(path).name)  # what is written can be read
     names = list(payload_names(done.recipe))
     payloads = {name: done.payloads.read(name) for name in names}
     metadata = {"format": "pt", METADATA_KEY: text}
@@ -112,7 +112,7 @@ def write_checkpoint(
     def verify_written(written: Path) -> None:
         with Container(written) as container:
             again = parse_recipe(container.metadata[METADATA_KEY], written.name)
-            if again != parse_recipe(text, written.name):
+            if again != readable:
                 raise FileFormatError(f"{written}: the recipe read back differs")
             copy = Checkpoint(again, container, done.bases, written)
             if faults := [c for c in verify(copy) if not c.ok]:

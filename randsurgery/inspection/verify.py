@@ -6,9 +6,7 @@ import os
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from randsurgery.format.checkpoint import (
-    read_checkpoint,
-)
+from randsurgery.format.checkpoint import read_checkpoint
 from randsurgery.format.rebuild import Payloads
 from randsurgery.format.writing import (
     Check,

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from randsurgery.errors import IncompatibleError
-from randsurgery.format.recipe import (
-    DatasetSpec,
-)
+from randsurgery.format.recipe import DatasetSpec
 from randsurgery.jobs.hub import local_file
 from randsurgery.jobs.inputs import DataOptions, look_for_file, opener, pick_device, resolve_dataset
 from randsurgery.surgery.bases import open_checkpoint

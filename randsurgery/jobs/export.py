@@ -19,9 +19,7 @@ from randsurgery.format.checkpoint import (
 from randsurgery.format.container import check_output, pack, write_atomically
 from randsurgery.format.rebuild import payload_name
 from randsurgery.format.recipe import BaseSource, Member, MemberTensor, Recipe, StoredSource
-from randsurgery.format.writing import (
-    write_checkpoint,
-)
+from randsurgery.format.writing import write_checkpoint
 from randsurgery.jobs.hub import PREFIX, local_file
 from randsurgery.surgery.bases import open_checkpoint
 from randsurgery.surgery.zoo import zoo_names

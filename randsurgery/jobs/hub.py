@@ -12,7 +12,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from randsurgery.errors import FileFormatError, UsageError
+from randsurgery.errors import FileFormatError, UsageError, reason
 from randsurgery.format.checkpoint import is_checkpoint, parse_recipe
 from randsurgery.format.container import Container
 
@@ -46,9 +46,10 @@ def fetch(address: Address, name: str) -> Path:
     try:
         return Path(hf_hub_download(address.repo, name, revision=address.revision))
     except Exception as error:  # network, missing repository or file, no permission
-        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else repr(error)
         at = f" at {address.revision}" if address.revision else ""
-        raise FileFormatError(f"{address}{at}: {name} cannot be fetched ({reason})") from None
+        raise FileFormatError(
+            f"{address}{at}: {name} cannot be fetched ({reason(error)})"
+        ) from None
 
 
 def local_file(name: str) -> str:

@@ -5,13 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from randsurgery.errors import UsageError
-from randsurgery.format.checkpoint import (
-    Checkpoint,
-)
+from randsurgery.format.checkpoint import Checkpoint
 from randsurgery.format.container import check_output
-from randsurgery.format.writing import (
-    write_checkpoint,
-)
+from randsurgery.format.writing import write_checkpoint
 from randsurgery.jobs.records import keep_base, with_provenance
 from randsurgery.jobs.sources import SourceSpec, open_source, resolve_source
 

@@ -8,10 +8,8 @@ from dataclasses import dataclass, replace
 import timm
 import torch
 
-from randsurgery.errors import IncompatibleError, UsageError
-from randsurgery.format.checkpoint import (
-    Checkpoint,
-)
+from randsurgery.errors import IncompatibleError, UsageError, reason
+from randsurgery.format.checkpoint import Checkpoint
 from randsurgery.format.recipe import (
     DatasetSpec,
     InputSpec,
@@ -46,8 +44,7 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0][:160]
-        raise UsageError(f"--device {name} is not available here ({reason})") from None
+        raise UsageError(f"--device {name} is not available here ({reason(error, 160)})") from None
     return device
 
 

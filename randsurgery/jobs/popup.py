@@ -13,16 +13,10 @@ import torch
 from torch import nn
 
 from randsurgery.errors import DataError, IncompatibleError
-from randsurgery.format.checkpoint import (
-    Checkpoint,
-)
+from randsurgery.format.checkpoint import Checkpoint
 from randsurgery.format.container import check_output
-from randsurgery.format.recipe import (
-    DatasetSpec,
-)
-from randsurgery.format.writing import (
-    write_checkpoint,
-)
+from randsurgery.format.recipe import DatasetSpec
+from randsurgery.format.writing import write_checkpoint
 from randsurgery.jobs.inputs import (
     DataOptions,
     describe,

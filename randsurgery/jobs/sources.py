@@ -15,13 +15,12 @@ from randsurgery.format.checkpoint import (
     step_payloads,
 )
 from randsurgery.format.container import Container
-from randsurgery.format.rebuild import check_affordable, payload_name, sentence
+from randsurgery.format.rebuild import check_affordable, needed_steps, payload_name, sentence
 from randsurgery.format.recipe import (
     SHARED,
     Entry,
     Member,
     Recipe,
-    ReplaceOverlay,
     SignsSource,
     StoredSource,
 )
@@ -138,17 +137,17 @@ def flatten(checkpoint: Checkpoint, member: str | None = None) -> Checkpoint:
     payloads, entries = Memory(), {}
     for name in checkpoint.recipe.tensor_names(who):
         owner, entry, steps = sentence(checkpoint.recipe, who, name)
-        last = max((i for i, s in enumerate(steps) if isinstance(s[2], ReplaceOverlay)), default=0)
+        steps = needed_steps(steps)
         moves: list[tuple[str, str]] = []
         if isinstance(entry.source, (StoredSource, SignsSource)):
             source = payload_name(SHARED, name, "source")
             moves.append((payload_name(owner, name, "source"), source))
-        for at, (step_owner, index, overlay) in enumerate(steps[last:]):
+        for at, (step_owner, index, overlay) in enumerate(steps):
             old = step_payloads(name, step_owner, index, overlay)
             moves += zip(old, step_payloads(name, SHARED, at, overlay), strict=True)
         for before, after in moves:
             payloads[after] = checkpoint.payloads.read(before)
-        overlays = tuple(overlay for _, _, overlay in steps[last:])
+        overlays = tuple(overlay for _, _, overlay in steps)
         entries[name] = Entry(
             dtype=entry.dtype, shape=entry.shape, source=entry.source, overlays=overlays
         )

@@ -17,7 +17,7 @@ from timm.models._manipulate import reinit_non_persistent_buffers
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from randsurgery.errors import IncompatibleError, RandsurgeryError, UsageError, near
+from randsurgery.errors import IncompatibleError, RandsurgeryError, UsageError, near, reason
 from randsurgery.format.rebuild import check_affordable
 from randsurgery.format.recipe import ModelSpec
 from randsurgery.surgery import zoo
@@ -119,8 +119,9 @@ def _create(spec: ModelSpec) -> nn.Module:
         raise
     except Exception as error:  # whatever the architecture's own code raises
         args = ", ".join(f"{k}={v}" for k, v in spec.args.items())
-        reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else repr(error)
-        raise IncompatibleError(f"{spec.name} cannot be built with {args}: {reason}") from None
+        raise IncompatibleError(
+            f"{spec.name} cannot be built with {args}: {reason(error, 300)}"
+        ) from None
     return model
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import timm
 import torch
 
-from randsurgery.errors import FileFormatError, IncompatibleError
+from randsurgery.errors import FileFormatError, IncompatibleError, reason
 from randsurgery.format.checkpoint import (
     Checkpoint,
     Memory,
@@ -106,8 +106,9 @@ def pretrained_base(name: str) -> Base:
         with torch.random.fork_rng(devices=[]):
             model = timm.create_model(name, pretrained=True)
     except Exception as error:  # network, hub, unknown tag
-        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else repr(error)
-        raise IncompatibleError(f"{name}: pretrained weights cannot be had ({reason})") from None
+        raise IncompatibleError(
+            f"{name}: pretrained weights cannot be had ({reason(error)})"
+        ) from None
     cfg = model.pretrained_cfg
     tensors = Memory({k: from_torch(v, k) for k, v in model.state_dict().items()})
     names = tuple(sorted(tensors))
@@ -128,8 +129,9 @@ def _read_pickle(path: Path) -> dict[str, torch.Tensor]:
             "save its state dict alone: torch.save(model.state_dict(), ...)"
         ) from None
     except Exception as error:  # truncated archives, foreign files
-        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else repr(error)
-        raise FileFormatError(f"{path.name}: not a checkpoint torch can read ({reason})") from None
+        raise FileFormatError(
+            f"{path.name}: not a checkpoint torch can read ({reason(error)})"
+        ) from None
     if isinstance(found, dict):
         for key in _STATE_KEYS:
             if isinstance(found.get(key), dict):

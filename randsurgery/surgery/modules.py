@@ -13,7 +13,14 @@ from torch import nn
 from randsurgery.errors import IncompatibleError, UsageError, near
 from randsurgery.format import masks
 from randsurgery.format.canonical import digest
-from randsurgery.format.checkpoint import Checkpoint, Memory, finished_bytes, payload_names
+from randsurgery.format.checkpoint import (
+    Checkpoint,
+    Memory,
+    entry_slots,
+    finished_bytes,
+    overlay_slots,
+    payload_names,
+)
 from randsurgery.format.rebuild import check_affordable, payload_name
 from randsurgery.format.recipe import (
     Entry,
@@ -154,16 +161,6 @@ def _kept_payloads(checkpoint: Checkpoint, member: Member) -> list[str]:
     return [name for name in payload_names(checkpoint.recipe) if name not in own]
 
 
-def _shared(checkpoint: Checkpoint, name: str) -> RawTensor | None:
-    if name not in checkpoint.recipe.tensors:
-        return None
-    return Checkpoint(
-        checkpoint.recipe.model_copy(update={"members": (Member(),)}),
-        checkpoint.payloads,
-        checkpoint.bases,
-    ).tensor(name)
-
-
 def _change(
     checkpoint: Checkpoint,
     member: Member,
@@ -173,12 +170,13 @@ def _change(
     payloads: Memory,
 ) -> MemberTensor | None:
     """What the member must say of one tensor; None if the shared entry says it all."""
-    overlays: list[Overlay] = []
-    shared = _shared(checkpoint, name)
     if mask is None and name in member.tensors:
         before = checkpoint.tensor(name, member.name)
         if before.same_bits(raw):
             return _keep(checkpoint, member, name, payloads)
+    overlays: list[Overlay] = []
+    known = name in checkpoint.recipe.tensors
+    shared = checkpoint.rebuild(Member(), name) if known else None
     if shared is None or not shared.same_bits(raw):
         fits = shared is not None and (shared.dtype, shared.shape) == (raw.dtype, raw.shape)
         slot = payload_name(member.name, name, "0.tensor" if fits else "source")
@@ -212,11 +210,12 @@ def _mask_overlay(
 
 def _keep(checkpoint: Checkpoint, member: Member, name: str, payloads: Memory) -> MemberTensor:
     """The member's own words about an unchanged tensor, its payload bytes untouched."""
-    prefix = payload_name(member.name, name, "")
-    for payload in payload_names(checkpoint.recipe, member.name):
-        if payload.startswith(prefix) and not payload.endswith("/scores"):
-            payloads[payload] = checkpoint.payloads.read(payload)
-    return member.tensors[name]
+    own = member.tensors[name]
+    slots = overlay_slots(own.overlays) if own.entry is None else entry_slots(own.entry)
+    for slot, _ in slots:
+        payload = payload_name(member.name, name, slot)
+        payloads[payload] = checkpoint.payloads.read(payload)
+    return own
 
 
 def _store_scores(model: nn.Module, owner: str, payloads: Memory) -> dict[str, str]:

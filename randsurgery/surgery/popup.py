@@ -141,7 +141,7 @@ class PopupScores(nn.Module):
     def mask(self) -> Mask:
         """The mask that the scores choose now."""
         ones = torch.ones_like(self.scores)
-        kept = select(self.scores, ones, self.zeroed, Bracket(), self.tensor_name)
+        kept = select(self.scores, ones, self.zeroed, self.bracket, self.tensor_name)
         return Mask.of(kept.cpu().numpy() != 0)
 
     def __getstate__(self) -> dict[str, Any]:

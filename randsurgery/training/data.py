@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from randsurgery.errors import DataError, near
+from randsurgery.errors import DataError, near, reason
 from randsurgery.format.generator import integers, permutation, torch_seed
 from randsurgery.format.recipe import DatasetSpec, InputSpec
 from randsurgery.training.settings import TrainSettings
@@ -313,9 +313,8 @@ def _timm_dataset(
             input_img_mode="L" if look.channels == 1 else "RGB",
         )
     except Exception as error:  # whatever torchvision, datasets or the disk raises
-        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else repr(error)
         hint = "" if download else "; if it is not there yet, pass --dataset-download"
-        raise DataError(f"{spec.name} ({split}) in {data_dir}: {reason}{hint}") from None
+        raise DataError(f"{spec.name} ({split}) in {data_dir}: {reason(error)}{hint}") from None
     if len(dataset) == 0:
         raise DataError(f"{spec.name} ({split}) in {data_dir}: no images")
     return dataset

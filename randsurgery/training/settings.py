@@ -5,9 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from randsurgery.format.recipe import HexFloat, InputSpec
-
-__all__ = ["DEFAULTS", "HexFloat", "TrainSettings", "defaults_for", "input_for"]
+from randsurgery.format.recipe import InputSpec
 
 
 @dataclass(frozen=True)
