@@ -435,7 +435,33 @@ def test_unknown_names_are_listed_with_near_ones(here: Path) -> None:
     assert "nowhere" in fails(2, "popup", "conv2", *QUICK, "--sched", "nowhere")
     assert "not available" in fails(2, "popup", "conv2", *QUICK, "--device", "abacus")
     assert "unknown --mask" in fails(2, "popup", "conv2", "--mask", "some")
+    assert "near: torch/mnist" in fails(5, "popup", "conv2", "--dataset", "mnist")
+    assert "a name in features, fc1, fc2, fc" in fails(2, "popup", "conv2", "--skip", "stem*")
+    assert "has no normalisation layer" in fails(2, "popup", "conv2", "--learn", "@norm")
     assert not listing(here)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("--opt", "momentun"), ("--sched", "nowhere"), ("--wd", "-1"), ("--lr", "nan"),
+        ("--lr", "-0.1"), ("--clip-grad", "0"), ("--momentum", "1"),
+    ],
+)  # fmt: skip
+def test_a_dry_run_refuses_what_the_run_would_refuse(here: Path, option: str, value: str) -> None:
+    assert value in fails(2, "popup", "conv2", *QUICK, "--dry-run", option, value)
+    assert not listing(here)
+
+
+def test_a_file_takes_no_options_about_its_weights(here: Path) -> None:
+    succeed("init", "conv2", "--width", 0.1, "-o", "made.safetensors")
+    given = [("--init", "signed-constant"), ("--init-seed", 3), ("--scaled",), ("--width", 0.2)]
+    for option in given:
+        assert "has its weights already" in fails(2, "popup", "made.safetensors", *option)
+
+
+def test_scores_of_a_random_mask_are_not_kept(here: Path) -> None:
+    assert "learned masks" in fails(2, "popup", "conv2", "--mask", "random", "--save-scores")
 
 
 @pytest.mark.parametrize("k", ["0", "1.01", "-0.5", "nan", "many", "1e-99999999"])

@@ -213,9 +213,10 @@ def test_reading_a_file_imports_no_torch(package: str) -> None:
 
 # --- global generators ---------------------------------------------------------------------------
 
-# where torch's global generator may be seeded: always within torch.random.fork_rng
-SEEDED = {
+# where torch's global generators are used: always borrowed, never seeded for good
+BORROWED = {
     "surgery.architectures.build_initialised",
+    "surgery.bases.pretrained_base",
     "training.loop.fit",
     "training.data._Seeded.__getitem__",
 }
@@ -227,39 +228,36 @@ DRAWS = re.compile(
 )
 
 
-def calls(path: Path) -> Iterator[tuple[str, str, bool]]:
-    """(place, called name, whether inside torch.random.fork_rng) of every call."""
+def calls(path: Path) -> Iterator[tuple[str, str]]:
+    """(place, called name) of every call."""
 
-    def walk(node: ast.AST, place: str, forked: bool) -> Iterator[tuple[str, str, bool]]:
+    def walk(node: ast.AST, place: str) -> Iterator[tuple[str, str]]:
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
             place = f"{place}.{node.name}"
-        if isinstance(node, ast.With):
-            names = [ast.unparse(item.context_expr) for item in node.items]
-            forked = forked or any(name.startswith("torch.random.fork_rng(") for name in names)
         if isinstance(node, ast.Call):
-            yield place, ast.unparse(node.func), forked
+            yield place, ast.unparse(node.func)
         for child in ast.iter_child_nodes(node):
-            yield from walk(child, place, forked)
+            yield from walk(child, place)
 
-    yield from walk(ast.parse(path.read_text(encoding="utf-8")), module_name(path), False)
+    yield from walk(ast.parse(path.read_text(encoding="utf-8")), module_name(path))
 
 
 EVERY_CALL = [call for path in FILES for call in calls(path)]
 
 
-def test_torchs_generator_is_seeded_in_forks_alone() -> None:
-    found = {(place, name) for place, name, _ in EVERY_CALL if DRAWS.fullmatch(name)}
-    assert {name for _, name in found} == {"torch.manual_seed"}
-    assert {place for place, _ in found} == SEEDED
-    assert all(forked for _, name, forked in EVERY_CALL if name == "torch.manual_seed")
+def test_torchs_generators_are_borrowed_alone() -> None:
+    assert [call for call in EVERY_CALL if DRAWS.fullmatch(call[1])] == []
+    assert {place for place, name in EVERY_CALL if name == "borrowed"} == BORROWED
+    seeded = {place for place, name in EVERY_CALL if name.endswith("manual_seed")}
+    assert seeded == {"surgery.randomness.borrowed"}
 
 
 def test_numpys_and_pythons_generators_are_lent_in_one_place() -> None:
-    numpy = {(p, n) for p, n, _ in EVERY_CALL if n.startswith(("np.random.", "numpy.random."))}
+    numpy = {(p, n) for p, n in EVERY_CALL if n.startswith(("np.random.", "numpy.random."))}
     assert {name for place, name in numpy if place not in LENT} == {"np.random.Philox"}
-    python = {place for place, name, _ in EVERY_CALL if re.match(r"random\.\w+$", name)}
+    python = {place for place, name in EVERY_CALL if re.match(r"random\.\w+$", name)}
     assert python == LENT
-    lent = {name for place, name, _ in EVERY_CALL if place in LENT}
+    lent = {name for place, name in EVERY_CALL if place in LENT}
     assert {
         "random.getstate",
         "random.setstate",

@@ -124,6 +124,60 @@ def test_a_shared_layer_keeps_its_mask(tmp_path: Path) -> None:
     assert int((again.first.weight == 0).sum()) == 18
 
 
+class Tied(nn.Module):
+    """A language model's embedding and output share one weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(11, 8)
+        self.body = nn.Linear(8, 8)
+        self.out = nn.Linear(8, 11, bias=False)
+        self.out.weight = self.embedding.weight
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self.out(self.body(self.embedding(tokens)))
+        return result
+
+
+def test_tied_weights_are_one_draw_and_come_back_tied(tmp_path: Path) -> None:
+    recipe = make_recipe(Tied(), seed=4)
+    entries = recipe.recipe.tensors
+    assert entries["embedding.weight"].source.stream == "out.weight"
+    assert entries["out.weight"].source.stream is None
+    model = build(recipe, model=Tied())
+    assert same_bits(model.out.weight, model.embedding.weight)
+    with torch.no_grad():
+        model.embedding.weight.mul_(3)
+    rs.save(tmp_path / "tied.safetensors", recipe, model)
+    again = rs.load(tmp_path / "tied.safetensors", model=Tied())
+    assert again.out.weight is again.embedding.weight
+    assert_same_state(again.state_dict(), model.state_dict())
+
+
+def test_tied_weights_cannot_be_masked_apart(tmp_path: Path) -> None:
+    with pytest.raises(IncompatibleError, match=r"embedding.weight and out.weight are one"):
+        attach(Tied(), Popup(k="0.5"))
+    model = attach(Tied(), Popup(k="0.5", skip=("out",)))
+    assert list(attached(model)) == ["body.weight"]
+
+
+def test_two_values_do_not_fit_one_parameter(tmp_path: Path) -> None:
+    untied = Tied()
+    untied.out.weight = nn.Parameter(torch.randn(11, 8))
+    rs.save(tmp_path / "untied.safetensors", make_recipe(untied), untied)
+    target = Tied()
+    before = {name: tensor.clone() for name, tensor in target.state_dict().items()}
+    with pytest.raises(IncompatibleError, match="one parameter in the given module, two in"):
+        rs.load(tmp_path / "untied.safetensors", model=target)
+    assert all(same_bits(target.state_dict()[name], tensor) for name, tensor in before.items())
+
+
+def test_a_module_of_another_precision_is_refused(tmp_path: Path) -> None:
+    rs.save(tmp_path / "own.safetensors", make_recipe(everything()))
+    with pytest.raises(IncompatibleError, match=r"is F32 in the file, torch.float16"):
+        rs.load(tmp_path / "own.safetensors", model=everything().half())
+
+
 def test_a_parametrized_layer_of_the_users_own_is_saved(tmp_path: Path) -> None:
     def make(seed: int) -> nn.Module:
         model = everything(seed)

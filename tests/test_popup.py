@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 import pytest
@@ -311,6 +312,14 @@ def test_nothing_left_to_mask_is_an_error() -> None:
         attach(nn.BatchNorm2d(3), Popup(k="0.5"))
     with pytest.raises(UsageError, match="no convolution or linear layer"):
         attach(everything(), Popup(k="0.5", skip=("*",)))
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"mask": "some"}, {"skip": "fc"}, {"learn": (1,)}, {"seed": -1}, {"seed": "7"}]
+)
+def test_wrong_settings_are_usage_errors(wrong: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match=next(iter(wrong))):
+        Popup(k="0.5", **wrong)
 
 
 @pytest.mark.parametrize("k", ["0", "1.5", "-0.3", "nan", "inf", "", "30%", 0, 2, "1e-999999999"])

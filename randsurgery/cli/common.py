@@ -24,7 +24,7 @@ INTERRUPTED = 130
 
 @dataclass
 class Verbosity:
-    """-q sets it to 0 (errors only), -v to 2; 1 otherwise."""
+    """-q sets it to 0 (results and errors), -v to 2; 1 otherwise."""
 
     level: int = 1
 
@@ -159,7 +159,13 @@ TRAINING, DATA, OUTPUT, MODEL = "Training", "Data", "Output", "Model"
 
 Quiet = Annotated[
     bool,
-    typer.Option("-q", "--quiet", help="Errors only.", callback=_set_quiet, rich_help_panel=OUTPUT),
+    typer.Option(
+        "-q",
+        "--quiet",
+        help="No messages: results and errors only.",
+        callback=_set_quiet,
+        rich_help_panel=OUTPUT,
+    ),
 ]
 Verbose = Annotated[
     bool,
@@ -201,12 +207,12 @@ Device = Annotated[
     str, typer.Option(help="auto, cpu, cuda, cuda:N, mps.", rich_help_panel=TRAINING)
 ]
 InitOption = Annotated[
-    str,
+    str | None,
     typer.Option(
         "--init",
         metavar="NAME",
-        help="signed-constant, kaiming-normal, kaiming-uniform, xavier-normal, xavier-uniform "
-        "or xavier-constant.",
+        help="signed-constant (default), kaiming-normal, kaiming-uniform, xavier-normal, "
+        "xavier-uniform or xavier-constant.",
         rich_help_panel=MODEL,
     ),
 ]

@@ -13,7 +13,7 @@ from randsurgery.cli.common import command, note, print_json
 @command
 def init(
     source: Annotated[str, typer.Argument(metavar="ARCH", help="A timm architecture.")],
-    init: common.InitOption = "signed-constant",
+    init: common.InitOption = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the weights.")] = 0,
     scaled_for: Annotated[
         str | None,
@@ -48,15 +48,15 @@ def init(
     args |= {key: value for key, value in given.items() if value is not None}
     spec = SourceSpec(
         name=source,
-        init=check_init(init),
+        init=check_init(init) if init is not None else None,
         seed=seed,
         scaled_for=parse_fraction(scaled_for, "--scaled-for") if scaled_for else None,
         pretrained=pretrained,
         checkpoint=checkpoint,
         args=args,
     )
-    path = job.init_output(spec, output, force=force)
-    with job.prepare_init(spec) as made:
+    spec, path = job.resolve_init(spec, output, force=force)
+    with job.open_source(spec) as made:
         if dry_run:
             note(f"would write {path}: {len(made.recipe.tensors)} tensors")
             return

@@ -20,7 +20,7 @@ def popup(
     k: Annotated[
         str, typer.Option("--k", help="Share of weights kept, (0, 1].", rich_help_panel=MASK)
     ] = "0.3",
-    init: common.InitOption = "signed-constant",
+    init: common.InitOption = None,
     scaled: Annotated[
         bool,
         typer.Option("--scaled", help="Weights times 1/sqrt(k).", rich_help_panel=common.MODEL),
@@ -142,8 +142,8 @@ def popup(
     plan = PopupPlan(
         source=SourceSpec(
             name=source,
-            init=check_init(init),
-            seed=seed if init_seed is None else init_seed,
+            init=check_init(init) if init is not None else None,
+            seed=init_seed,
             scaled_for=wanted.share if scaled else None,
             pretrained=pretrained,
             checkpoint=checkpoint,

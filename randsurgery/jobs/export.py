@@ -143,6 +143,7 @@ def _timm_folder(plan: Export) -> int:
     from randsurgery.surgery.modules import build
 
     model = build(plan.checkpoint, plan.member.name)
+    model.pretrained_cfg = _own_cfg(model.pretrained_cfg, plan.checkpoint.recipe)  # type: ignore[assignment]
     target = plan.target
     try:
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
@@ -159,6 +160,15 @@ def _timm_folder(plan: Export) -> int:
     except OSError as error:
         raise OutputError(f"{target}: cannot be written ({error.strerror or error})") from None
     return sum(part.stat().st_size for part in target.iterdir())
+
+
+_OF_THEIRS = ("tag", "license", "origin_url", "paper_name", "paper_ids", "notes")
+
+
+def _own_cfg(cfg: Any, recipe: Recipe) -> dict[str, Any]:
+    """timm's description of an architecture without what it says of timm's weights, unless these
+    weights descend from dense ones."""
+    return {key: cfg[key] for key in cfg if recipe.bases or key not in _OF_THEIRS}
 
 
 def _model_config(member: Member) -> dict[str, Any]:

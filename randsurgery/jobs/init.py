@@ -11,19 +11,18 @@ from randsurgery.format.writing import write_checkpoint
 from randsurgery.jobs.records import keep_base, with_provenance
 from randsurgery.jobs.sources import SourceSpec, open_source, resolve_source
 
-
-def init_output(spec: SourceSpec, output: str | None, *, force: bool) -> Path:
-    """Where ``init`` writes, checked."""
-    name = spec.name.rpartition("/")[2]
-    return check_output(output or f"{name}-init-{spec.seed}.safetensors", force=force)
+__all__ = ["open_source", "resolve_init", "run_init"]
 
 
-def prepare_init(spec: SourceSpec) -> Checkpoint:
-    """The network of an ``init`` job. It has seen no image, so it records no preprocessing."""
+def resolve_init(spec: SourceSpec, output: str | None, *, force: bool) -> tuple[SourceSpec, Path]:
+    """The source, and where ``init`` writes, checked. The network has seen no image, so that it
+    records no preprocessing."""
+    name = spec.name.rpartition("/")[2].partition("@")[0]
+    path = check_output(output or f"{name}-init-{spec.seed}.safetensors", force=force)
     spec = resolve_source(spec)
     if spec.is_file:
         raise UsageError("init makes a network of an architecture; the source is a file already")
-    return open_source(spec)
+    return spec, path
 
 
 def run_init(spec: SourceSpec, checkpoint: Checkpoint, output: Path, *, force: bool) -> int:

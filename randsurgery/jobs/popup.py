@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from randsurgery.errors import DataError, IncompatibleError
+from randsurgery.errors import DataError, IncompatibleError, UsageError
 from randsurgery.format.checkpoint import Checkpoint
 from randsurgery.format.container import check_output
 from randsurgery.format.recipe import DatasetSpec
@@ -34,7 +34,7 @@ from randsurgery.surgery.architectures import build_meta
 from randsurgery.surgery.initialisers import kept_count
 from randsurgery.surgery.modules import build, harvest, with_head
 from randsurgery.training.data import Data
-from randsurgery.training.loop import Hooks, Record, fit
+from randsurgery.training.loop import Hooks, Record, check_settings, fit
 from randsurgery.training.settings import TrainSettings, defaults_for
 
 FELL_BACK = "no dataset given: using digits (scikit-learn's 8x8 scans, shown at 32x32)"
@@ -92,7 +92,9 @@ def prepare_popup(plan: PopupPlan) -> Prepared:
 
 def _prepare(plan: PopupPlan, stack: contextlib.ExitStack) -> Prepared:
     _ = plan.popup.share
-    source = resolve_source(plan.source)
+    if plan.save_scores and plan.popup.mask != "learned":
+        raise UsageError("--save-scores goes with learned masks; a random one has none worth it")
+    source = resolve_source(plan.source, plan.popup.seed)
     plan = replace(plan, source=source)
     recorded: Checkpoint | None = None
     if source.is_file:
@@ -105,6 +107,7 @@ def _prepare(plan: PopupPlan, stack: contextlib.ExitStack) -> Prepared:
     check_output(metrics_path(output), force=plan.force)
     device = pick_device(plan.device)
     settings = _settings(plan, dataset)
+    check_settings(settings)
     if recorded is not None:
         look = look_for_file(recorded.recipe, dataset.name, plan.data)
     else:
@@ -159,7 +162,7 @@ def run_popup(job: Prepared, hooks: Hooks | None = None) -> Result:
     model = build(job.checkpoint).to(job.device)
     popup.attach(model, plan.popup)
     with metrics_file(job.output) as write:
-        hooks = _with_flips(hooks or Hooks(), model, write)
+        hooks = _with_flips(hooks or Hooks(), model, write, plan.popup.mask == "learned")
         records = fit(model, job.train, job.test, job.settings, hooks)
         model.eval()
         checkpoint = harvest(job.checkpoint, model.cpu(), scores=plan.save_scores)
@@ -169,7 +172,9 @@ def run_popup(job: Prepared, hooks: Hooks | None = None) -> Result:
     return Result(job.output, size, records, metrics_path(job.output))
 
 
-def _with_flips(hooks: Hooks, model: nn.Module, write: Callable[[Record], None]) -> Hooks:
+def _with_flips(
+    hooks: Hooks, model: nn.Module, write: Callable[[Record], None], flips: bool
+) -> Hooks:
     before = popup.harvest(model)
     started = time.monotonic()
 
@@ -183,7 +188,7 @@ def _with_flips(hooks: Hooks, model: nn.Module, write: Callable[[Record], None])
         write({**record, "seconds": round(time.monotonic() - started, 3)})
         hooks.on_epoch(record)
 
-    return replace(hooks, extra=extra, on_epoch=on_epoch)
+    return replace(hooks, extra=extra if flips else hooks.extra, on_epoch=on_epoch)
 
 
 def _popup_settings(job: Prepared) -> dict[str, Any]:

@@ -43,13 +43,14 @@ class SourceSpec:
 
     ``name``: a timm architecture (with ``pretrained`` or ``checkpoint`` for dense weights), a file
     of this format, or a Hub address that ``resolve_source`` turns into one of these. ``args``:
-    model arguments. ``scaled_for``: k for scaled distributions. ``origin``, ``revision``: where
+    model arguments. ``init``, ``seed``: None is signed-constant and 0, and all that a file takes.
+    ``scaled_for``: k for scaled distributions. ``origin``, ``revision``: where
     ``checkpoint`` was fetched from, if it was.
     """
 
     name: str
-    init: Init = "signed-constant"
-    seed: int = 0
+    init: Init | None = None
+    seed: int | None = None
     scaled_for: Fraction | None = None
     pretrained: bool = False
     checkpoint: str | None = None
@@ -64,10 +65,19 @@ class SourceSpec:
         return self.name.endswith(".safetensors") or os.sep in self.name
 
 
-def resolve_source(spec: SourceSpec) -> SourceSpec:
-    """The same source with a Hub address fetched: a file, or an architecture and dense weights."""
-    if not spec.name.startswith(PREFIX):
+def resolve_source(spec: SourceSpec, seed: int = 0) -> SourceSpec:
+    """The same source with a Hub address fetched: a file, or an architecture and dense weights.
+    An architecture gets the defaults of what was not given: signed-constant and ``seed``."""
+    if spec.name.startswith(PREFIX):
+        spec = _fetched(spec)
+    if spec.is_file:
         return spec
+    return replace(
+        spec, init=spec.init or "signed-constant", seed=seed if spec.seed is None else spec.seed
+    )
+
+
+def _fetched(spec: SourceSpec) -> SourceSpec:
     address, path = parse_address(spec.name), local_file(spec.name)
     if holds_checkpoint(path):
         return replace(spec, name=path)
@@ -81,14 +91,15 @@ def resolve_source(spec: SourceSpec) -> SourceSpec:
 
 
 def open_source(spec: SourceSpec) -> Checkpoint:
-    """The network as a checkpoint in memory, all in shared entries. Raises RandsurgeryError.
+    """The network of a resolved source, in memory, all in shared entries. Raises RandsurgeryError.
 
     Only a base may still lie in a file, which the checkpoint's ``close`` closes.
     """
-    if spec.is_file and (spec.pretrained or spec.checkpoint or spec.scaled_for or spec.args):
+    given = (spec.pretrained, spec.checkpoint, spec.scaled_for, spec.args, spec.init)
+    if spec.is_file and (any(given) or spec.seed is not None):
         raise UsageError(
-            "--pretrained, --checkpoint, --scaled, --width and --model-kwargs go with an "
-            "architecture; a file has its weights already"
+            "--init, --init-seed, --pretrained, --checkpoint, --scaled, --width and --model-kwargs "
+            "go with an architecture; a file has its weights already"
         )
     if spec.pretrained and spec.checkpoint:
         raise UsageError("--pretrained and --checkpoint exclude each other")
@@ -96,6 +107,8 @@ def open_source(spec: SourceSpec) -> Checkpoint:
         return _open_file(spec)
     if spec.pretrained or spec.checkpoint:
         return _open_dense(spec)
+    assert spec.init is not None
+    assert spec.seed is not None
     made = make_recipe(
         spec.name, spec.init, seed=spec.seed, scaled_for=spec.scaled_for, args=spec.args
     )
@@ -114,6 +127,8 @@ def _open_file(spec: SourceSpec) -> Checkpoint:
 
 
 def _open_dense(spec: SourceSpec) -> Checkpoint:
+    assert spec.init is not None
+    assert spec.seed is not None
     arch = check_name(spec.name.partition(".")[0])
     base = read_base(spec.checkpoint) if spec.checkpoint else pretrained_base(spec.name)
     if spec.origin is not None:

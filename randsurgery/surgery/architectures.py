@@ -21,6 +21,7 @@ from randsurgery.errors import IncompatibleError, RandsurgeryError, UsageError, 
 from randsurgery.format.rebuild import check_affordable
 from randsurgery.format.recipe import ModelSpec
 from randsurgery.surgery import zoo
+from randsurgery.surgery.randomness import borrowed
 
 MAX_HIDDEN_BYTES = 1 << 30
 """Bytes allowed for buffers that no checkpoint holds (position indices, attention masks)."""
@@ -161,8 +162,7 @@ def build_initialised(spec: ModelSpec, torch_seed: int) -> nn.Module:
     """The module with timm's own initial values, drawn in a fork of torch's generator."""
     parts = build_meta(spec).state_dict().values()
     check_affordable(sum(part.numel() * part.element_size() for part in parts), spec.name)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(torch_seed)
+    with borrowed(torch_seed):
         return _create(spec)
 
 

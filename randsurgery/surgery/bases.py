@@ -23,6 +23,7 @@ from randsurgery.format.checkpoint import (
 )
 from randsurgery.format.container import Container
 from randsurgery.format.rebuild import Payloads
+from randsurgery.surgery.randomness import borrowed
 from randsurgery.surgery.tensors import from_torch
 
 _STATE_KEYS = ("state_dict_ema", "model_ema", "ema", "state_dict", "model")
@@ -103,7 +104,7 @@ def pretrained_base(name: str) -> Base:
     weights or they cannot be fetched.
     """
     try:
-        with torch.random.fork_rng(devices=[]):
+        with borrowed():
             model = timm.create_model(name, pretrained=True)
     except Exception as error:  # network, hub, unknown tag
         raise IncompatibleError(

@@ -73,6 +73,13 @@ def check_init(name: str) -> Init:
     raise UsageError(f"unknown --init {name!r}, expected {', '.join(INITS)}{near(name, INITS)}")
 
 
+def check_seed(seed: int) -> int:
+    """The seed itself. Raises UsageError unless it is an integer from 0 to 2^63 - 1."""
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 1 << 63:
+        raise UsageError(f"a seed must be an integer from 0 to 2^63 - 1, found {seed!r:.60}")
+    return seed
+
+
 def parse_fraction(text: str | float | Fraction, what: str) -> Fraction:
     """A share in (0, 1] as an exact number: 0.9 is nine tenths, not the float beside it."""
     try:

@@ -35,11 +35,14 @@ from randsurgery.format.tensors import RawTensor
 from randsurgery.surgery import popup
 from randsurgery.surgery.architectures import build_initialised, build_meta, fill_hidden
 from randsurgery.surgery.recipes import stored_entry
-from randsurgery.surgery.tensors import from_torch, to_torch
+from randsurgery.surgery.tensors import dtype_name, from_torch, to_torch
 
 
-def check_fit(recipe: Recipe, member: Member, model: nn.Module, what: str) -> None:
-    """Names both ways, shapes and dtypes of a member against a module. Raises IncompatibleError."""
+def check_fit(
+    recipe: Recipe, member: Member, model: nn.Module, what: str, *, exact: bool = False
+) -> None:
+    """Names both ways, shapes and kinds of dtype of a member against a module; ``exact`` asks for
+    the same dtypes, so that values can be copied without loss. Raises IncompatibleError."""
     state = plain_state(model)
     names = set(recipe.tensor_names(member))
     if missing := sorted(set(state) - names):
@@ -57,6 +60,11 @@ def check_fit(recipe: Recipe, member: Member, model: nn.Module, what: str) -> No
         if entry.dtype.startswith(("F", "BF")) != tensor.is_floating_point():
             raise IncompatibleError(
                 f"{name} is {entry.dtype} in the file, {tensor.dtype} in {what}"
+            )
+        if exact and entry.dtype != dtype_name(tensor.dtype, name):
+            raise IncompatibleError(
+                f"{name} is {entry.dtype} in the file, {tensor.dtype} in {what}; load into a "
+                "module of the file's dtypes and convert that"
             )
 
 
@@ -80,8 +88,10 @@ def build(
     if model is not None:
         if popup.attached(model):
             raise UsageError("the given module has popup scores; pass one without")
-        check_fit(recipe, who, model, "the given module")
-        _copy_into(model, checkpoint.tensors(who.name, threads))
+        check_fit(recipe, who, model, "the given module", exact=True)
+        raw = checkpoint.tensors(who.name, threads)
+        _check_ties(model, raw)
+        _copy_into(model, raw)
         return model.eval()
     if recipe.model is None:
         raise IncompatibleError("the file names no architecture; pass your own: load(path, model=)")
@@ -107,6 +117,18 @@ def _move_into(shell: nn.Module, raw: Mapping[str, RawTensor]) -> None:
         if isinstance(old, nn.Parameter):
             new = nn.Parameter(new, requires_grad=old.requires_grad)
         setattr(owners[prefix], leaf, new)
+
+
+def _check_ties(model: nn.Module, raw: Mapping[str, RawTensor]) -> None:
+    """One parameter under several names can hold one value only."""
+    first: dict[int, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        known = first.setdefault(id(parameter), name)
+        if known != name and not raw[known].same_bits(raw[name]):
+            raise IncompatibleError(
+                f"{known} and {name} are one parameter in the given module, two in the file; "
+                "untie them"
+            )
 
 
 def _copy_into(model: nn.Module, raw: Mapping[str, RawTensor]) -> None:

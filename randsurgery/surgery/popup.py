@@ -18,7 +18,7 @@ from randsurgery.errors import IncompatibleError, UsageError
 from randsurgery.format.generator import generate
 from randsurgery.format.masks import Mask, popcount
 from randsurgery.format.tensors import f32
-from randsurgery.surgery.initialisers import kept_count, parse_fraction
+from randsurgery.surgery.initialisers import check_seed, kept_count, parse_fraction
 from randsurgery.surgery.roles import (
     STANDARDISED,
     masked_weights,
@@ -46,6 +46,14 @@ class Popup:
     skip: tuple[str, ...] = ()
     learn: tuple[str, ...] = ()
     mask: MaskKind = "learned"
+
+    def __post_init__(self) -> None:
+        check_mask_kind(self.mask)
+        for field in ("skip", "learn"):
+            patterns: object = getattr(self, field)
+            if isinstance(patterns, str) or not all(isinstance(p, str) for p in patterns):  # type: ignore[attr-defined]
+                raise UsageError(f"{field} must be a sequence of patterns, found {patterns!r}")
+        check_seed(self.seed)
 
     @property
     def share(self) -> Fraction:
@@ -175,7 +183,14 @@ def resolve(model: nn.Module, popup: Popup) -> tuple[list[Target], set[str]]:
     targets = [t for t in masked_weights(model) if t[0] not in left_out]
     if not targets:
         raise UsageError("no convolution or linear layer is left to mask")
+    owners = _owners(model)
     for name, module, leaf in targets:
+        tied = owners.get(id(module._parameters.get(leaf)), [])
+        if len(tied) > 1:
+            raise IncompatibleError(
+                f"{' and '.join(tied)} are one parameter, which cannot be masked in one place "
+                "only; untie them, or --skip the layers"
+            )
         if leaf not in module._parameters:
             raise IncompatibleError(
                 f"{name}.{leaf} has a parametrization already; remove it first, or --skip the layer"
@@ -186,6 +201,15 @@ def resolve(model: nn.Module, popup: Popup) -> tuple[list[Target], set[str]]:
                 "of a mask; choose another architecture, or --skip such layers"
             )
     return targets, learned
+
+
+def _owners(model: nn.Module) -> dict[int, list[str]]:
+    """The names of every parameter, one for each module that holds it."""
+    found: dict[int, list[str]] = {}
+    for prefix, module in model.named_modules():
+        for leaf, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            found.setdefault(id(parameter), []).append(f"{prefix}.{leaf}" if prefix else leaf)
+    return found
 
 
 def attach(model: nn.Module, popup: Popup) -> nn.Module:

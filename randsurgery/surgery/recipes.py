@@ -22,6 +22,7 @@ from randsurgery.format.recipe import (
     HeadSpec,
     Member,
     ModelSpec,
+    RandomSource,
     Recipe,
     Source,
     StoredSource,
@@ -37,7 +38,14 @@ from randsurgery.surgery.architectures import (
     spec_of,
 )
 from randsurgery.surgery.bases import Base
-from randsurgery.surgery.initialisers import Init, embedding_source, random_source
+from randsurgery.surgery.initialisers import (
+    Init,
+    check_init,
+    check_seed,
+    embedding_source,
+    parse_fraction,
+    random_source,
+)
 from randsurgery.surgery.roles import Role, TensorRole, tensor_roles
 from randsurgery.surgery.tensors import dtype_name, from_torch
 
@@ -91,12 +99,19 @@ def head_of(model: nn.Module) -> HeadSpec | None:
     return HeadSpec(name=name, classes=class_count(model, name)) if name else None
 
 
+def _checked(init: Init, seed: int, scaled_for: str | float | Fraction | None) -> Fraction | None:
+    """``scaled_for`` as an exact number. Raises UsageError for it, ``init`` or ``seed``."""
+    check_init(init)
+    check_seed(seed)
+    return None if scaled_for is None else parse_fraction(scaled_for, "scaled_for")
+
+
 def make_recipe(
     model: str | nn.Module,
     init: Init = "signed-constant",
     *,
     seed: int = 0,
-    scaled_for: Fraction | None = None,
+    scaled_for: str | float | Fraction | None = None,
     args: Mapping[str, ArgValue] | None = None,
 ) -> Checkpoint:
     """A random network as a recipe.
@@ -108,12 +123,17 @@ def make_recipe(
     architecture's own initialiser, as a constant if it is one, else stored. ``scaled_for`` is k
     for the papers' scaled distributions.
     """
+    scale_k = _checked(init, seed, scaled_for)
     spec = spec_of(model, dict(args or {})) if isinstance(model, str) else None
     shell = build_meta(spec) if spec is not None else model
     assert isinstance(shell, nn.Module)
     state = shell.state_dict()
     roles = tensor_roles(shell)
-    sources = {name: planned_source(roles[name], init, seed, scaled_for) for name in state}
+    speaker = _speakers(shell, roles)
+    sources = {
+        name: _tied(planned_source(roles[speaker[name]], init, seed, scale_k), name, speaker)
+        for name in state
+    }
     if spec is not None and any(source is None for source in sources.values()):
         values = build_initialised(spec, seed).state_dict()
     else:
@@ -130,6 +150,26 @@ def make_recipe(
             shape = tuple(tensor.shape)
             entries[name] = Entry(dtype=dtype, shape=shape, source=source)  # type: ignore[arg-type]
     return _assemble(spec, entries, payloads, shell)
+
+
+def _speakers(model: nn.Module, roles: Mapping[str, TensorRole]) -> dict[str, str]:
+    """For every tensor the name that decides its values: its own, or for a parameter with several
+    names (a tied embedding, a shared layer) the first that is a weight, else the first."""
+    names: dict[int, list[str]] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        names.setdefault(id(tensor), []).append(name)
+    found: dict[str, str] = {}
+    for tied in names.values():
+        first = next((name for name in tied if roles[name].role == "weight"), tied[0])
+        found |= dict.fromkeys(tied, first)
+    return found
+
+
+def _tied(source: Source | None, name: str, speaker: Mapping[str, str]) -> Source | None:
+    """The source drawn from the stream of the name that speaks."""
+    if isinstance(source, RandomSource) and speaker[name] != name:
+        return source.model_copy(update={"stream": speaker[name]})
+    return source
 
 
 def _assemble(
@@ -160,7 +200,7 @@ def make_recipe_on_base(
     init: Init = "signed-constant",
     *,
     seed: int = 0,
-    scaled_for: Fraction | None = None,
+    scaled_for: str | float | Fraction | None = None,
     args: Mapping[str, ArgValue] | None = None,
 ) -> Checkpoint:
     """A network whose tensors refer to a dense checkpoint, which its ``close`` closes.
@@ -169,6 +209,7 @@ def make_recipe_on_base(
     IncompatibleError, both ways: a tensor of the architecture that the base lacks or has in
     another shape, a tensor of the base that the architecture lacks.
     """
+    scale_k = _checked(init, seed, scaled_for)
     spec = spec_of(name, dict(args or {}))
     shell = build_meta(spec)
     state, roles = shell.state_dict(), tensor_roles(shell)
@@ -190,7 +231,7 @@ def make_recipe_on_base(
             raise IncompatibleError(f"{base.file or base.origin}: lacks {tensor_name!r} of {name}")
         found = base.tensors.read(prefix + tensor_name)
         if found.shape != shape and tensor_name.startswith(heads):
-            source = planned_source(roles[tensor_name], init, seed, scaled_for)
+            source = planned_source(roles[tensor_name], init, seed, scale_k)
         elif found.shape != shape:
             raise IncompatibleError(
                 f"{base.file or base.origin}: {tensor_name!r} is {list(found.shape)}, "

@@ -127,6 +127,23 @@ def masked_weights(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
             yield name, module, leaf
 
 
+def _matches(modules: Iterable[str], pattern: str) -> set[str]:
+    """Names that a pattern matches, the same on every system (capitals count)."""
+    return {name for name in modules if fnmatch.fnmatchcase(name, pattern)}
+
+
+def _no_match(pattern: str, role: str, modules: Iterable[str]) -> str:
+    if role in ("@norm", "@head"):
+        return f"pattern {pattern!r} matches no layer: the network has no {_ROLES[role]}"
+    tops = list(dict.fromkeys(name.partition(".")[0] for name in modules))
+    shown = ", ".join(tops[:8]) + (", ..." if len(tops) > 8 else "")
+    hint = near(pattern, [*modules, *_ROLES])
+    return f"pattern {pattern!r} matches no layer, expected @norm, @head or a name in {shown}{hint}"
+
+
+_ROLES = {"@norm": "normalisation layer", "@head": "classifier"}
+
+
 def select_modules(model: nn.Module, patterns: Iterable[str]) -> set[str]:
     """Names of the modules that any pattern matches, with all that lies inside them.
 
@@ -138,7 +155,7 @@ def select_modules(model: nn.Module, patterns: Iterable[str]) -> set[str]:
     modules = {name: module for name, module in model.named_modules() if name}
     found: set[str] = set()
     for pattern in patterns:
-        if not pattern.startswith("@") and not fnmatch.filter(modules, pattern):
+        if not pattern.startswith("@") and not _matches(modules, pattern):
             role = {"norm": "@norm", "head": "@head", "fc": "@head"}.get(pattern, pattern)
         else:
             role = pattern
@@ -147,11 +164,8 @@ def select_modules(model: nn.Module, patterns: Iterable[str]) -> set[str]:
         elif role == "@head":
             hits = set(classifier_names(model))
         else:
-            hits = set(fnmatch.filter(modules, role))
+            hits = _matches(modules, role)
         if not hits:
-            raise UsageError(
-                f"pattern {pattern!r} matches no layer, expected a layer name, @norm or @head"
-                + near(pattern, [*modules, "@norm", "@head"])
-            )
+            raise UsageError(_no_match(pattern, role, modules))
         found |= {n for n in modules if any(n == h or n.startswith(h + ".") for h in hits)}
     return found

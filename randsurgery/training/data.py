@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from randsurgery.errors import DataError, near, reason
 from randsurgery.format.generator import integers, permutation, torch_seed
 from randsurgery.format.recipe import DatasetSpec, InputSpec
+from randsurgery.surgery.randomness import borrowed
 from randsurgery.training.settings import TrainSettings
 
 Batch = tuple[torch.Tensor, torch.Tensor]
@@ -142,8 +143,7 @@ class _Seeded(torch.utils.data.Dataset[Any]):
         drawn = torch_seed(self.seed, f"epoch-{self.epoch}-image-{index}")
         python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
         try:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(drawn)
+            with borrowed(drawn):
                 random.seed(drawn)
                 np.random.seed(drawn & 0xFFFFFFFF)  # noqa: NPY002
                 return self.dataset[index]
@@ -239,7 +239,7 @@ def open_data(
     if spec.name != "folder" and not spec.name.startswith(("torch/", "hfds/")):
         raise DataError(
             f"unknown dataset {spec.name!r}, expected digits, torch/NAME, hfds/NAME, or a folder "
-            "with --data-dir" + near(spec.name, KNOWN)
+            "with --data-dir" + (near(spec.name, KNOWN) or near(f"torch/{spec.name}", KNOWN))
         )
     if spec.name.startswith("torch/") and spec.name.lower() not in KNOWN:
         raise DataError(
@@ -275,9 +275,11 @@ def _folder(
     data_dir: str,
     classes: tuple[str, ...] | None,
 ) -> tuple[Any, tuple[str, ...]]:
-    """A folder of images: a folder a split (train, val), in it a folder a class."""
+    """A folder of images: a folder a split (train, validation), in it a folder a class."""
     if split == "train" and not (Path(data_dir) / "train").is_dir():
-        raise DataError(f"{data_dir}: has no folder 'train', expected train/CLASS and val/CLASS")
+        raise DataError(
+            f"{data_dir}: has no folder 'train', expected train/CLASS and validation/CLASS"
+        )
     dataset = _timm_dataset(spec, look, split, data_dir, False)
     found = class_names(dataset)
     if classes is None or classes == found:
@@ -323,7 +325,8 @@ def _timm_dataset(
 def class_names(dataset: Any) -> tuple[str, ...]:
     """The class names a dataset knows, by label."""
     if isinstance(getattr(dataset, "classes", None), (list, tuple)):
-        return tuple(str(name) for name in dataset.classes)
+        # torchvision's ImageNet gives a tuple of synonyms for each class
+        return tuple(n if isinstance(n, str) else ", ".join(n) for n in dataset.classes)
     index = getattr(getattr(dataset, "reader", None), "class_to_idx", None)
     if index:
         return tuple(str(name) for name in sorted(index, key=index.get))

@@ -12,8 +12,9 @@ from timm.optim import create_optimizer_v2, list_optimizers
 from timm.scheduler import create_scheduler_v2
 from torch import nn
 
-from randsurgery.errors import DataError, DivergedError, UsageError, near
+from randsurgery.errors import DataError, DivergedError, UsageError, near, reason
 from randsurgery.format.generator import torch_seed
+from randsurgery.surgery.randomness import borrowed
 from randsurgery.training.data import Batch, Data
 from randsurgery.training.evaluate import autocast, evaluate
 from randsurgery.training.settings import TrainSettings
@@ -67,33 +68,51 @@ class Run:
 def start(model: nn.Module, train: Data, settings: TrainSettings) -> Run:
     """Set up optimiser and schedule. Raises UsageError for names timm does not know."""
     run = Run(model, settings, train.steps(settings.batch_size))
-    if not run.learned or settings.epochs == 0:
-        return run
+    if run.learned and settings.epochs > 0:
+        run.optimizer, run.scheduler = _set_up(run.learned, settings, run.steps)
+    return run
+
+
+def check_settings(settings: TrainSettings) -> None:
+    """Set a run up on one number, to know before any work that it can be. Raises UsageError."""
+    if settings.clip_grad is not None and not settings.clip_grad > 0:
+        raise UsageError(f"--clip-grad must be above 0, found {settings.clip_grad}")
+    for name, value in (("--lr", settings.lr), ("--weight-decay", settings.weight_decay)):
+        if not (math.isfinite(value) and value >= 0):
+            raise UsageError(f"{name} must be a number from 0 on, found {value}")
+    if not 0 <= settings.momentum < 1:
+        raise UsageError(f"--momentum must lie in [0, 1), found {settings.momentum}")
+    _set_up([nn.Parameter(torch.zeros(1))], settings, 1)
+
+
+def _set_up(
+    learned: list[nn.Parameter], settings: TrainSettings, steps: int
+) -> tuple[torch.optim.Optimizer, Any]:
     try:
-        run.optimizer = create_optimizer_v2(
-            run.learned,
+        optimizer = create_optimizer_v2(
+            learned,
             opt=settings.opt,
             lr=settings.lr,
             weight_decay=settings.weight_decay,
             momentum=settings.momentum,
         )
-        run.scheduler, _ = create_scheduler_v2(
-            run.optimizer,
+        scheduler, _ = create_scheduler_v2(
+            optimizer,
             sched=settings.sched,
             num_epochs=settings.epochs,
             warmup_epochs=settings.warmup_epochs,
             warmup_prefix=False,
             step_on_epochs=False,
-            updates_per_epoch=run.steps,
+            updates_per_epoch=steps,
         )
     except (ValueError, AssertionError, KeyError, TypeError, RuntimeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else repr(error)
         hint = "" if settings.opt in list_optimizers() else near(settings.opt, list_optimizers())
         hint += "" if settings.sched in SCHEDULES else near(settings.sched, SCHEDULES)
         raise UsageError(
-            f"--opt {settings.opt} with --sched {settings.sched} cannot be set up: {reason}" + hint
+            f"--opt {settings.opt} with --sched {settings.sched} cannot be set up: {reason(error)}"
+            + hint
         ) from None
-    return run
+    return optimizer, scheduler
 
 
 def fit(
@@ -116,10 +135,8 @@ def fit(
     if resume is not None:
         run.restore(resume)
     device = next(model.parameters()).device
-    forked = [device] if device.type == "cuda" else []
     while run.epoch < settings.epochs:
-        with torch.random.fork_rng(devices=forked):
-            torch.manual_seed(torch_seed(settings.seed, f"epoch-{run.epoch}"))
+        with borrowed(torch_seed(settings.seed, f"epoch-{run.epoch}"), device):
             record = _epoch(run, train, hooks)
         result = evaluate(model, test, amp=settings.amp)
         run.epoch += 1
