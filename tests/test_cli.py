@@ -102,7 +102,9 @@ def net(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_popup_as_written_trains_on_digits_and_says_so(here: Path) -> None:
     result = succeed("popup", "conv2", *QUICK, "--k", "0.3", "--init", "signed-constant")
     assert sorted(listing(here)) == [
-        "conv2-digits-popup-k0.3.metrics.jsonl", "conv2-digits-popup-k0.3.safetensors"
+        "conv2-digits-popup-k0.3.metrics.jsonl",
+        "conv2-digits-popup-k0.3.safetensors",
+        "conv2-digits-popup-k0.3.settings.yaml",
     ]  # fmt: skip
     assert "digits" in result.stderr
     assert "epoch 1/1" in result.stderr
@@ -174,7 +176,9 @@ def test_popups_controls_reach_the_file(here: Path) -> None:
 def test_the_random_mask_baseline_runs(here: Path) -> None:
     succeed("popup", "conv2", "--width", 0.1, "-b", 512, "-q", "--mask", "random", "--k", "1/2")
     assert sorted(listing(here)) == [
-        "conv2-digits-random-mask-k1-2.metrics.jsonl", "conv2-digits-random-mask-k1-2.safetensors"
+        "conv2-digits-random-mask-k1-2.metrics.jsonl",
+        "conv2-digits-random-mask-k1-2.safetensors",
+        "conv2-digits-random-mask-k1-2.settings.yaml",
     ]  # fmt: skip
 
 

@@ -37,7 +37,8 @@ from randsurgery.inspection.storage import storage
 from randsurgery.jobs.export import self_contained
 from randsurgery.jobs.sources import SourceSpec, flatten, open_source
 from randsurgery.surgery.bases import Base, read_base
-from randsurgery.surgery.modules import build, harvest, with_head
+from randsurgery.surgery.heads import with_head
+from randsurgery.surgery.modules import build, harvest
 from randsurgery.surgery.popup import Popup, attach, attached
 from randsurgery.surgery.recipes import make_recipe, make_recipe_on_base
 

@@ -17,8 +17,15 @@ import torch
 from surgery_helpers import assert_same_state, conv2, quick, same_bits, write_images
 from torch import nn
 
-from randsurgery.errors import DataError, DivergedError, UsageError
+from randsurgery.errors import (
+    DataError,
+    DivergedError,
+    FileFormatError,
+    IncompatibleError,
+    UsageError,
+)
 from randsurgery.format.canonical import canonical_json
+from randsurgery.format.container import pack
 from randsurgery.format.recipe import DatasetSpec, InputSpec
 from randsurgery.format.writing import write_checkpoint
 from randsurgery.surgery.modules import build, harvest
@@ -28,7 +35,7 @@ from randsurgery.training.data import Data, Resident, augment, normalisation, op
 from randsurgery.training.evaluate import evaluate
 from randsurgery.training.loop import Hooks, fit, start
 from randsurgery.training.settings import TrainSettings, defaults_for, input_for
-from randsurgery.training.state import RunState
+from randsurgery.training.state import RunState, read_state, write_state
 
 # timm's folder reader leaves it to the garbage collector to close images
 reads_images = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -369,23 +376,75 @@ def test_dropout_follows_the_runs_seed() -> None:
     assert run(0, 1) != run(1, 1)
 
 
+RUN = {"command": "popup", "lr": 0.01}
+
+
+def interrupted(step: int, path: Path, **hooks: Any) -> Hooks:
+    """Hooks that write the state after every step and stop the run at one of them."""
+
+    def on_state(state: RunState) -> None:
+        write_state(path, state, RUN)
+        if state.step == step:
+            raise KeyboardInterrupt
+
+    return Hooks(on_state=on_state, state_every=1, **hooks)
+
+
 @pytest.mark.parametrize("opt", ["momentum", "adamw"])
-def test_a_run_that_goes_on_from_its_state_ends_with_the_same_bits(opt: str) -> None:
+@pytest.mark.parametrize("stop", [1, 4, 6, 11])  # within the first epoch, at its end, later
+def test_a_run_that_goes_on_from_its_state_ends_with_the_same_bits(
+    opt: str, stop: int, tmp_path: Path
+) -> None:
     settings = quick(epochs=3, opt=opt, lr=0.01, batch_size=16)
     train, test = few(), few(32, "test")
-    model = popped(learn=("@head",))
-    states: list[RunState] = []
-    records = fit(model, train, test, settings, Hooks(on_state=states.append))
-    assert [(state.epoch, state.step) for state in states] == [(1, 4), (2, 8), (3, 12)]
-    canonical_json(states[0].values)  # plain values, nothing to pickle
-    again = popped(learn=("@head",))
-    rest = fit(again, train, test, settings, resume=states[0])
+
+    def fresh() -> nn.Module:
+        model = popped(learn=("@head",))
+        model.fc1.register_forward_hook(
+            lambda m, _, out: nn.functional.dropout(out, 0.5, m.training)
+        )
+        return model
+
+    model = fresh()
+    records = fit(model, train, test, settings)
+    cut = fresh()
+    with pytest.raises(KeyboardInterrupt):
+        fit(cut, train, test, settings, interrupted(stop, tmp_path / "state"))
+    again = fresh()
+    state = read_state(tmp_path / "state", RUN)
+    assert (state.epoch, state.step) == (stop // 4, stop)
+    assert fit(again, train, test, settings, resume=state) == records
     assert_same_state(again.state_dict(), model.state_dict())
-    assert rest == records[1:]
-    assert not same_bits(
-        states[0].tensors["model/fc1.parametrizations.weight.0.scores"],
-        model.state_dict()["fc1.parametrizations.weight.0.scores"],
-    )
+
+
+def test_what_the_caller_remembers_comes_back(tmp_path: Path) -> None:
+    kept: list[torch.Tensor] = []
+    hooks = interrupted(2, tmp_path / "state", memory=lambda: {"a": torch.arange(3)})
+    with pytest.raises(KeyboardInterrupt):
+        fit(popped(), few(), few(), quick(batch_size=16), hooks)
+    state = read_state(tmp_path / "state", RUN)
+    recall = Hooks(recall=lambda tensors: kept.append(tensors["a"]))
+    fit(popped(), few(), few(), quick(batch_size=16), recall, resume=state)
+    assert kept[0].tolist() == [0, 1, 2]
+
+
+def test_a_state_of_another_run_is_refused_and_the_difference_named(tmp_path: Path) -> None:
+    run = start(popped(), few(), quick())
+    write_state(tmp_path / "state", run.state(), RUN)
+    with pytest.raises(IncompatibleError, match=r"its lr is 0.01, here it is 0.02"):
+        read_state(tmp_path / "state", {**RUN, "lr": 0.02})
+    (tmp_path / "other.safetensors").write_bytes(b"".join(pack({}, {"format": "pt"})))
+    with pytest.raises(FileFormatError, match="no state"):
+        read_state(tmp_path / "other.safetensors", RUN)
+    other = popped(learn=("@head",))
+    with pytest.raises(IncompatibleError, match="learns other tensors"):
+        fit(other, few(), few(), quick(), resume=read_state(tmp_path / "state", RUN))
+
+
+def test_a_state_holds_only_what_changes() -> None:
+    model = popped()
+    names = set(start(model, few(), quick()).state().part("model/"))
+    assert all(name.endswith("scores") for name in names)
 
 
 def test_a_state_is_a_copy() -> None:

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from randsurgery._version import __version__
-from randsurgery.cli import common, evaluate, export, init, inspect, popup
+from randsurgery.cli import common, evaluate, export, freeze, init, inspect, popup, train
 
 EXIT_CODES = (
     "Exit codes: 0 done; 1 differences found; 2 usage; 3 unreadable or corrupt file; "
@@ -41,6 +41,8 @@ def _program(
 
 
 app.command("init")(init.init)
+app.command("freeze")(freeze.freeze)
+app.command("train")(train.train)
 app.command("popup")(popup.popup)
 app.command("eval")(evaluate.evaluate)
 app.command("export")(export.export)

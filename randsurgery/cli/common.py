@@ -86,8 +86,8 @@ def command(function: F) -> F:
             detail(traceback.format_exc())
             err().print(Text(f"error: {clean(str(error))}"))
             raise typer.Exit(error.exit_code) from None
-        except KeyboardInterrupt:
-            err().print(Text("interrupted; nothing was written"))
+        except KeyboardInterrupt as error:
+            err().print(Text(clean(str(error)) or "interrupted; nothing was written"))
             raise typer.Exit(INTERRUPTED) from None
         except BrokenPipeError:
             # the reader has gone; keep the interpreter from complaining when it flushes

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from randsurgery.cli.common import clean, err, note, out, size, verbosity
 if TYPE_CHECKING:
     from randsurgery.inspection.storage import StorageReport, TensorStorage
     from randsurgery.inspection.verify import VerifyReport
+    from randsurgery.surgery.plans import LayerCount
     from randsurgery.training.loop import Hooks
 
 
@@ -74,6 +75,17 @@ def show_verify(report: VerifyReport) -> None:
     console.print(
         f"{clean(report.file)}: {len(report.failures)} of {len(report.checks)} digests differ"
     )
+
+
+def show_layers(layers: Sequence[LayerCount]) -> None:
+    """What is learned, layer by layer, and in all."""
+    made = table("layer", "learned", "of", "", right=(1, 2, 3))
+    for row in layers:
+        share = f"{row.learned / row.total:.1%}" if row.learned else ""
+        made.add_row(clean(row.layer), f"{row.learned:,}", f"{row.total:,}", share)
+    learned, total = sum(r.learned for r in layers), sum(r.total for r in layers)
+    made.add_row("all", f"{learned:,}", f"{total:,}", f"{learned / total:.1%}")
+    out().print(made)
 
 
 def show_pairs(pairs: list[tuple[str, str]]) -> None:

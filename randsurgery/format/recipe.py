@@ -244,11 +244,43 @@ class ModelSpec(Model):
 
 
 class HeadSpec(Model):
-    """The classifier: module name, kind, and how many classes it has."""
+    """The classifier: module name, kind, and how many classes it has.
+
+    A fixed kind (Hoffer et al.) has tensors ``weight`` (unit rows), ``scale`` and ``bias`` and sees
+    its input normalised to length 1.
+    """
 
     name: Text
-    kind: Literal["linear"] = "linear"
+    kind: Literal["linear", "orthonormal", "hadamard"] = "linear"
+    scale: Literal["learned", "given"] = "learned"  # of a fixed kind
     classes: Count
+
+
+class Learned(Model):
+    """What is learned of one tensor: the first ``count`` indices along ``dim`` (a slice), the
+    positions its mask keeps (survivors), or all of it. ``start`` is what a slice holds before
+    training where that is not the tensor's own value."""
+
+    part: Literal["whole", "slice", "survivors"] = "whole"
+    dim: Annotated[int, Field(ge=0, lt=16)] | None = None
+    count: Count | None = None
+    start: RandomSource | BaseSource | None = None
+
+    @model_validator(mode="after")
+    def _slices_have_both(self) -> Learned:
+        sliced = self.part == "slice"
+        if (self.dim is not None) != sliced or (self.count is not None) != sliced:
+            raise ValueError("a slice, and nothing else, has dim and count")
+        if self.start is not None and not sliced:
+            raise ValueError("only a slice has a start")
+        return self
+
+
+class Plan(Model):
+    """What training may change: parts of the named tensors, and running statistics if tracked."""
+
+    tensors: dict[TensorName, Learned] = {}
+    statistics: Literal["tracked", "frozen"] = "tracked"
 
 
 class InputSpec(Model):
@@ -296,6 +328,7 @@ class Member(Model):
     head: HeadSpec | None = None
     classes: tuple[Text, ...] | None = None
     dataset: DatasetSpec | None = None
+    plan: Plan | None = None
     provenance: dict[Text, Any] = {}
 
 
@@ -324,10 +357,22 @@ class Recipe(Model):
             unknown = set(member.scores) - set(self.tensors) - set(member.tensors)
             if unknown:
                 raise ValueError(f"member {member.name!r} has scores of no tensor")
+            self._check_plan(member)
         for _, _, entry in self.entries():
             if isinstance(entry.source, BaseSource) and entry.source.base not in self.bases:
                 raise ValueError(f"base {entry.source.base!r} is not declared")
         return self
+
+    def _check_plan(self, member: Member) -> None:
+        for name, learned in (member.plan.tensors if member.plan else {}).items():
+            if name not in self.tensors and name not in member.tensors:
+                raise ValueError(f"member {member.name!r} plans to learn no tensor: {name!r}")
+            shape = self.resolved(member, name).shape
+            dim, count = learned.dim, learned.count
+            if dim is not None and (dim >= len(shape) or (count or 0) > shape[dim]):
+                raise ValueError(f"{name}: no slice of {count} along dim {dim} to learn")
+            if isinstance(learned.start, BaseSource) and learned.start.base not in self.bases:
+                raise ValueError(f"base {learned.start.base!r} is not declared")
 
     def entries(self) -> Iterator[tuple[str, str, Entry]]:
         """(owner, tensor name, entry) of every entry, shared ones first."""

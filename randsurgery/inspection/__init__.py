@@ -2,4 +2,5 @@
 
 storage   where a file's bytes go, against a dense file
 verify    every digest of a file
+curves    the records of a run, as a picture
 """

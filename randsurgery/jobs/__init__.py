@@ -9,5 +9,6 @@ Modules import only those above them in this list:
     sources   where a network comes from: an architecture, dense weights, a file
     inputs    which images it sees: dataset, preprocessing, device
     records   what is written beside the weights: provenance, metrics, downloaded bases
-    init, popup, evaluate, export   one module a command
+    runs      what all training jobs share
+    init, freeze, popup, train, evaluate, export   one module a command
 """

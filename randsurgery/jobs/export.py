@@ -53,6 +53,11 @@ def prepare(
         checkpoint = stack.enter_context(open_checkpoint(path, base))
         who = checkpoint.member(member)
         target = _target(checkpoint, output, _stem(file), kind, force)
+        if who.head is not None and who.head.kind != "linear" and kind != "self-contained":
+            raise IncompatibleError(
+                f"the classifier is fixed ({who.head.kind}): it normalises its input, which no "
+                "architecture of timm's does; randsurgery.load serves it"
+            )
         load = _how_to_load(checkpoint.recipe, who, kind, target)
         stack.pop_all()
     return Export(checkpoint, who, kind, target, load, force)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib.metadata import version
@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from randsurgery._version import __version__
-from randsurgery.errors import OutputError
+from randsurgery.errors import OutputError, UsageError
 from randsurgery.format.checkpoint import Checkpoint, Memory
 from randsurgery.format.container import pack, write_atomically
+from randsurgery.format.recipe import DatasetSpec
 from randsurgery.training.loop import Record
 
 
@@ -45,25 +46,69 @@ def metrics_path(output: Path) -> Path:
     return output.with_name(f"{output.stem}.metrics.jsonl")
 
 
-@contextmanager
-def metrics_file(output: Path) -> Iterator[Callable[[Record], None]]:
-    """A writer of metric lines. Lines go to ``NAME.part``, renamed when the job is done, so that
-    a job that fails leaves an older result whole."""
-    final = metrics_path(output)
-    part = final.with_name(final.name + ".part")
+def settings_path(output: Path) -> Path:
+    """Where a job's resolved settings go: beside the output, as ``-c`` reads them."""
+    return output.with_name(f"{output.stem}.settings.yaml")
 
-    def write(record: Record) -> None:
-        with _disk(final), part.open("a", encoding="utf-8") as file:
+
+def write_settings(output: Path, settings: dict[str, Any], dataset: DatasetSpec) -> None:
+    """The resolved settings under the command line's names, less what was not given."""
+    import yaml
+
+    named = {key.replace("_", "-"): value for key, value in settings.items() if value is not None}
+    if dataset.name != "folder":
+        named["dataset"] = dataset.name
+    text = yaml.safe_dump({key: named[key] for key in sorted(named)})
+    write_atomically(settings_path(output), iter([text.encode()]))
+
+
+class Recorder:
+    """Writes each epoch's record. Metric lines go to ``NAME.metrics.jsonl.part``, renamed when the
+    job is done, so that a job that fails leaves an older result whole."""
+
+    def __init__(self, output: Path, log_to: tuple[str, ...] = ()) -> None:
+        self.final = metrics_path(output)
+        self.part = self.final.with_name(self.final.name + ".part")
+        self.board = _tensorboard(output) if "tensorboard" in log_to else None
+
+    def __enter__(self) -> Recorder:
+        with _disk(self.final):
+            self.part.write_text("")
+        return self
+
+    def write(self, record: Record) -> None:
+        """One line, and one point of every curve."""
+        with _disk(self.final), self.part.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
+        if self.board is not None:
+            for key, value in record.items():
+                if isinstance(value, (int, float)) and key not in ("epoch", "step"):
+                    self.board.add_scalar(key, value, record["epoch"])
 
+    def repeat(self, history: list[Record]) -> None:
+        """The records of the epochs before a run was resumed."""
+        for record in history:
+            self.write(record)
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        if self.board is not None:
+            self.board.close()
+        try:
+            if error is None:
+                with _disk(self.final):
+                    self.part.replace(self.final)
+        finally:
+            self.part.unlink(missing_ok=True)
+
+
+def _tensorboard(output: Path) -> Any:
     try:
-        with _disk(final):
-            part.write_text("")
-        yield write
-        with _disk(final):
-            part.replace(final)
-    finally:
-        part.unlink(missing_ok=True)
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UsageError(
+            "--log-to tensorboard needs the tensorboard package: pip install tensorboard"
+        ) from None
+    return SummaryWriter(str(output.with_name(f"{output.stem}.tensorboard")))
 
 
 @contextmanager

@@ -95,16 +95,16 @@ def open_source(spec: SourceSpec) -> Checkpoint:
 
     Only a base may still lie in a file, which the checkpoint's ``close`` closes.
     """
-    given = (spec.pretrained, spec.checkpoint, spec.scaled_for, spec.args, spec.init)
-    if spec.is_file and (any(given) or spec.seed is not None):
-        raise UsageError(
-            "--init, --init-seed, --pretrained, --checkpoint, --scaled, --width and --model-kwargs "
-            "go with an architecture; a file has its weights already"
-        )
     if spec.pretrained and spec.checkpoint:
         raise UsageError("--pretrained and --checkpoint exclude each other")
     if spec.is_file:
-        return _open_file(spec)
+        with contextlib.ExitStack() as stack:
+            found = stack.enter_context(open_file(spec))
+            flat = flatten(found)
+            stack.pop_all()
+        if isinstance(found.payloads, Container):
+            found.payloads.__exit__()  # its payloads have been copied
+        return flat
     if spec.pretrained or spec.checkpoint:
         return _open_dense(spec)
     assert spec.init is not None
@@ -116,14 +116,16 @@ def open_source(spec: SourceSpec) -> Checkpoint:
     return made
 
 
-def _open_file(spec: SourceSpec) -> Checkpoint:
-    with contextlib.ExitStack() as stack:
-        found = stack.enter_context(open_checkpoint(spec.name, spec.base))
-        flat = flatten(found)
-        stack.pop_all()
-    if isinstance(found.payloads, Container):
-        found.payloads.__exit__()  # its payloads have been copied
-    return flat
+def open_file(spec: SourceSpec) -> Checkpoint:
+    """The network in a file, its members as they are. Raises RandsurgeryError, also for options
+    that go with an architecture."""
+    given = (spec.pretrained, spec.checkpoint, spec.scaled_for, spec.args, spec.init)
+    if any(given) or spec.seed is not None:
+        raise UsageError(
+            "--init, --init-seed, --pretrained, --checkpoint, --scaled, --width and --model-kwargs "
+            "go with an architecture; a file has its weights already"
+        )
+    return open_checkpoint(spec.name, spec.base)
 
 
 def _open_dense(spec: SourceSpec) -> Checkpoint:
@@ -166,7 +168,7 @@ def flatten(checkpoint: Checkpoint, member: str | None = None) -> Checkpoint:
         entries[name] = Entry(
             dtype=entry.dtype, shape=entry.shape, source=entry.source, overlays=overlays
         )
-    fresh = Member(head=who.head, classes=who.classes, dataset=who.dataset)
+    fresh = Member(head=who.head, classes=who.classes, dataset=who.dataset, plan=who.plan)
     recipe = checkpoint.recipe.model_copy(
         update={"tensors": entries, "members": (fresh,), "backbone_id": None}
     )

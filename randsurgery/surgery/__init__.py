@@ -10,7 +10,10 @@ roles          what each tensor of a module is; patterns that select modules
 initialisers   the papers' weight distributions -> random sources
 bases          dense checkpoints to build on (.safetensors, .pth)
 recipes        module -> recipe
+heads          fixed classifiers
+plans          what is to be learned: fractions, layers, norms, the classifier
 threshold      the exact top-k selection of edge-popup
 popup          edge-popup: attach scores, harvest masks
+slices         partial training: attach a plan to a module
 modules        recipe -> module, module -> recipe
 """

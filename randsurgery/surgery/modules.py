@@ -21,19 +21,31 @@ from randsurgery.format.checkpoint import (
     overlay_slots,
     payload_names,
 )
-from randsurgery.format.rebuild import check_affordable, payload_name
+from randsurgery.format.rebuild import (
+    check_affordable,
+    needed_steps,
+    payload_name,
+    read_mask,
+    sentence,
+)
 from randsurgery.format.recipe import (
+    ConstantSource,
     Entry,
+    Learned,
     MaskOverlay,
     Member,
     MemberTensor,
     Overlay,
     Recipe,
     ReplaceOverlay,
+    ScatterOverlay,
+    SliceOverlay,
 )
-from randsurgery.format.tensors import RawTensor
-from randsurgery.surgery import popup
+from randsurgery.format.tensors import RawTensor, hex_float
+from randsurgery.surgery import popup, slices
 from randsurgery.surgery.architectures import build_initialised, build_meta, fill_hidden
+from randsurgery.surgery.heads import install
+from randsurgery.surgery.plans import everything
 from randsurgery.surgery.recipes import stored_entry
 from randsurgery.surgery.tensors import dtype_name, from_torch, to_torch
 
@@ -86,25 +98,38 @@ def build(
     recipe = checkpoint.recipe
     check_affordable(finished_bytes(recipe, who), "the checkpoint")
     if model is not None:
-        if popup.attached(model):
-            raise UsageError("the given module has popup scores; pass one without")
+        if popup.attached(model) or slices.attached(model):
+            raise UsageError("the given module has popup scores or a plan; pass one without")
         check_fit(recipe, who, model, "the given module", exact=True)
         raw = checkpoint.tensors(who.name, threads)
         _check_ties(model, raw)
         _copy_into(model, raw)
         return model.eval()
-    if recipe.model is None:
-        raise IncompatibleError("the file names no architecture; pass your own: load(path, model=)")
-    shell = build_meta(recipe.model)
-    check_fit(recipe, who, shell, recipe.model.name)
+    shell, spec = meta_module(checkpoint, member), recipe.model
+    assert spec is not None
+    check_fit(recipe, who, shell, spec.name)
     raw = checkpoint.tensors(who.name, threads)
     _move_into(shell, raw)
     if not fill_hidden(shell):
         # some hidden buffer only the constructor can fill
-        whole = build_initialised(recipe.model, 0)
+        whole = _with_head_of(who, build_initialised(spec, 0))
         _copy_into(whole, raw)
         return whole.eval()
     return shell.eval()
+
+
+def meta_module(checkpoint: Checkpoint, member: str | None = None) -> nn.Module:
+    """The member's network on meta: its layers, names and shapes without memory. Raises
+    IncompatibleError if the file names no architecture."""
+    if checkpoint.recipe.model is None:
+        raise IncompatibleError("the file names no architecture; pass your own: load(path, model=)")
+    return _with_head_of(checkpoint.member(member), build_meta(checkpoint.recipe.model))
+
+
+def _with_head_of(member: Member, model: nn.Module) -> nn.Module:
+    if member.head is not None and member.head.kind != "linear":
+        install(model, scale_learned=member.head.scale == "learned")
+    return model
 
 
 def _move_into(shell: nn.Module, raw: Mapping[str, RawTensor]) -> None:
@@ -146,6 +171,7 @@ def plain_state(model: nn.Module) -> dict[str, torch.Tensor]:
         inner = f"{module}.parametrizations.{leaf}." if module else f"parametrizations.{leaf}."
         state[name] = state.pop(inner + "original")
         del state[inner + "0.scores"]
+    slices.settle(model, state)
     return state
 
 
@@ -154,7 +180,8 @@ def harvest(
 ) -> Checkpoint:
     """What the module now is, as the checkpoint's shared entries and new overlays of one member.
 
-    A tensor with popup scores becomes its mask. Any other tensor that still equals, bit for bit,
+    A tensor with popup scores becomes its mask, one with a learned slice that slice, one whose
+    survivors are learned their values. Any other tensor that still equals, bit for bit,
     what the member or the shared entry made is not stored again; a changed one is a constant if
     it repeats one value, else a replacement. ``scores`` keeps the popup scores as payloads too.
     Other members keep their overlays and payload bytes. Raises IncompatibleError if the module's
@@ -164,11 +191,17 @@ def harvest(
     state = plain_state(model)
     check_fit(checkpoint.recipe, who, model, "the module")
     payloads = Memory({n: checkpoint.payloads.read(n) for n in _kept_payloads(checkpoint, who)})
-    chosen = popup.harvest(model)
+    chosen, alive = popup.harvest(model), slices.survivors(model)
+    parts = slices.attached(model)
     tensors: dict[str, MemberTensor] = {}
     for name in sorted(state):
         raw = from_torch(state[name], name)
-        change = _change(checkpoint, who, name, raw, chosen.get(name), payloads)
+        change: MemberTensor | None
+        if name in alive:
+            change = MemberTensor(entry=_scattered(who, name, raw, alive[name], payloads))
+        else:
+            mask, part = chosen.get(name), parts.get(name)
+            change = _change(checkpoint, who, name, raw, mask, part, payloads)
         if change is not None:
             tensors[name] = change
     update: dict[str, object] = {"tensors": tensors, "scores": {}}
@@ -189,6 +222,7 @@ def _change(
     name: str,
     raw: RawTensor,
     mask: masks.Mask | None,
+    part: Learned | None,
     payloads: Memory,
 ) -> MemberTensor | None:
     """What the member must say of one tensor; None if the shared entry says it all."""
@@ -201,6 +235,8 @@ def _change(
     shared = checkpoint.rebuild(Member(), name) if known else None
     if shared is None or not shared.same_bits(raw):
         fits = shared is not None and (shared.dtype, shared.shape) == (raw.dtype, raw.shape)
+        if fits and shared is not None and part is not None and _only_slice(shared, raw, part):
+            return MemberTensor(overlays=(_slice_overlay(raw, part, member.name, name, payloads),))
         slot = payload_name(member.name, name, "0.tensor" if fits else "source")
         entry = stored_entry(raw, slot if not fits else "", payloads)
         if not fits or entry.source.kind == "constant":
@@ -210,6 +246,80 @@ def _change(
     if mask is not None:
         overlays.append(_mask_overlay(mask, member.name, name, len(overlays), payloads))
     return MemberTensor(overlays=tuple(overlays)) if overlays else None
+
+
+def _where(part: Learned) -> tuple[slice, ...]:
+    assert part.dim is not None
+    return (*[slice(None)] * part.dim, slice(part.count))
+
+
+def _only_slice(shared: RawTensor, raw: RawTensor, part: Learned) -> bool:
+    """True if the two differ within the slice at most."""
+    expected = shared.array.copy()
+    expected[_where(part)] = raw.array[_where(part)]
+    return RawTensor(raw.dtype, expected).same_bits(raw)
+
+
+def _slice_overlay(
+    raw: RawTensor, part: Learned, owner: str, name: str, payloads: Memory
+) -> SliceOverlay:
+    assert part.dim is not None
+    assert part.count is not None
+    values = RawTensor(raw.dtype, np.ascontiguousarray(raw.array[_where(part)]))
+    payloads[payload_name(owner, name, "0.slice")] = values
+    return SliceOverlay(dim=part.dim, count=part.count, digest=digest(values.array))
+
+
+def _scattered(
+    member: Member, name: str, raw: RawTensor, mask: masks.Mask, payloads: Memory
+) -> Entry:
+    """Zeros with the survivors' values: the drawn values under them leave no trace, so the
+    sentence starts from a constant and the mask is stored once."""
+    bits = _mask_overlay(mask, member.name, name, 0, payloads)
+    values = RawTensor(raw.dtype, raw.array.reshape(-1)[mask.unpack()])
+    payloads[payload_name(member.name, name, "0.values")] = values
+    overlay = ScatterOverlay(
+        encoding=bits.encoding, count=bits.count, digest=bits.digest,
+        values_digest=digest(values.array),
+    )  # fmt: skip
+    source = ConstantSource(value=hex_float(0.0))
+    return Entry(dtype=raw.dtype, shape=raw.shape, source=source, overlays=(overlay,))  # type: ignore[arg-type]
+
+
+def learn_plan(model: nn.Module, checkpoint: Checkpoint, member: str | None = None) -> nn.Module:
+    """Attach the member's own plan to its module; without one, everything is learned. In place."""
+    who = checkpoint.member(member)
+    plan = who.plan or everything(model)
+    alive = {n: survivor_mask(checkpoint, who, n)
+             for n, p in plan.tensors.items() if p.part == "survivors"}  # fmt: skip
+    starts = {n: to_torch(_start(checkpoint, n, p))
+              for n, p in plan.tensors.items() if p.start is not None}  # fmt: skip
+    return slices.attach(model, plan, masks=alive, starts=starts)
+
+
+def _start(checkpoint: Checkpoint, name: str, part: Learned) -> RawTensor:
+    """The whole tensor whose slice a plan starts from."""
+    entry = checkpoint.recipe.tensors[name]
+    assert part.start is not None
+    drawn = Entry(dtype=entry.dtype, shape=entry.shape, source=part.start)
+    recipe = Recipe(tensors={name: drawn}, bases=checkpoint.recipe.bases)
+    return replace(checkpoint, recipe=recipe).rebuild(Member(), name)
+
+
+def survivor_mask(checkpoint: Checkpoint, member: Member, name: str) -> masks.Mask:
+    """The positions that a tensor's masks keep and its scatters fill. Raises IncompatibleError if
+    the tensor has neither."""
+    found: np.ndarray[Any, np.dtype[np.bool_]] | None = None
+    _, entry, steps = sentence(checkpoint.recipe, member, name)
+    for owner, index, overlay in needed_steps(steps):
+        if isinstance(overlay, (MaskOverlay, ScatterOverlay)):
+            slot = payload_name(owner, name, f"{index}.mask")
+            bits = read_mask(checkpoint.payloads, slot, overlay, entry.size).unpack()
+            keeps = isinstance(overlay, MaskOverlay)
+            found = bits if found is None else (found & bits if keeps else found | bits)
+    if found is None:
+        raise IncompatibleError(f"{name} has no mask, so it has no survivors")
+    return masks.Mask.of(found)
 
 
 def _masked_entry(
@@ -247,36 +357,3 @@ def _store_scores(model: nn.Module, owner: str, payloads: Memory) -> dict[str, s
         payloads[payload_name(owner, name, "scores")] = raw
         digests[name] = digest(raw.array)
     return digests
-
-
-def with_head(checkpoint: Checkpoint, classes: int) -> Checkpoint:
-    """The same architecture for another number of classes, its classifier drawn anew.
-
-    The tensors whose shape depends on the classes are found on meta. Only such as hold nothing
-    learned can be redrawn. Raises IncompatibleError naming ``--num-classes`` if one does, or if
-    there is no classifier.
-    """
-    recipe, member = checkpoint.recipe, checkpoint.member()
-    head, spec = member.head, recipe.model
-    if head is None or spec is None:
-        raise IncompatibleError("the network has no classifier to give other classes")
-    if head.classes == classes:
-        return checkpoint
-    spec = spec.model_copy(update={"args": {**spec.args, "num_classes": classes}})
-    tensors = dict(recipe.tensors)
-    for name, wanted in build_meta(spec).state_dict().items():
-        entry, shape = recipe.resolved(member, name), tuple(wanted.shape)
-        if entry.shape == shape:
-            continue
-        drawn = entry.source.kind in ("random", "constant", "hadamard")
-        if not drawn or entry.overlays or name in member.tensors:
-            raise IncompatibleError(
-                f"the classifier is learned for {head.classes} classes, {classes} are wanted; "
-                f"pass --num-classes {head.classes} or start from another file"
-            )
-        tensors[name] = entry.model_copy(update={"shape": shape, "digest": None})
-    fresh = member.model_copy(
-        update={"head": head.model_copy(update={"classes": classes}), "classes": None}
-    )
-    changed = recipe.model_copy(update={"tensors": tensors, "model": spec, "members": (fresh,)})
-    return replace(checkpoint, recipe=changed)

@@ -18,6 +18,7 @@ from randsurgery.errors import IncompatibleError, UsageError
 from randsurgery.format.generator import generate
 from randsurgery.format.masks import Mask, popcount
 from randsurgery.format.tensors import f32
+from randsurgery.surgery.heads import fixed_heads
 from randsurgery.surgery.initialisers import check_seed, kept_count, parse_fraction
 from randsurgery.surgery.roles import (
     STANDARDISED,
@@ -183,9 +184,9 @@ def resolve(model: nn.Module, popup: Popup) -> tuple[list[Target], set[str]]:
     targets = [t for t in masked_weights(model) if t[0] not in left_out]
     if not targets:
         raise UsageError("no convolution or linear layer is left to mask")
-    owners = _owners(model)
+    holders = owners(model)
     for name, module, leaf in targets:
-        tied = owners.get(id(module._parameters.get(leaf)), [])
+        tied = holders.get(id(module._parameters.get(leaf)), [])
         if len(tied) > 1:
             raise IncompatibleError(
                 f"{' and '.join(tied)} are one parameter, which cannot be masked in one place "
@@ -203,7 +204,7 @@ def resolve(model: nn.Module, popup: Popup) -> tuple[list[Target], set[str]]:
     return targets, learned
 
 
-def _owners(model: nn.Module) -> dict[int, list[str]]:
+def owners(model: nn.Module) -> dict[int, list[str]]:
     """The names of every parameter, one for each module that holds it."""
     found: dict[int, list[str]] = {}
     for prefix, module in model.named_modules():
@@ -215,11 +216,11 @@ def _owners(model: nn.Module) -> dict[int, list[str]]:
 def attach(model: nn.Module, popup: Popup) -> nn.Module:
     """Give every convolution and linear weight a score; freeze everything else. In place.
 
-    Afterwards ``model.parameters()`` that require gradients are the scores and what
-    ``popup.learn`` names. Scores start uniform in ±1/sqrt(fan_in), as Kaiming uniform with
-    a = sqrt(5) draws them. Works on any nn.Module. Raises UsageError (a pattern that matches
-    nothing, k outside (0, 1], nothing to mask) or IncompatibleError (a weight-standardised
-    convolution, a weight under another parametrization).
+    Afterwards ``model.parameters()`` that require gradients are the scores, what ``popup.learn``
+    names, and scale and bias of a fixed classifier. Scores start uniform in ±1/sqrt(fan_in), as
+    Kaiming uniform with a = sqrt(5) draws them. Works on any nn.Module. Raises UsageError (a
+    pattern that matches nothing, k outside (0, 1], nothing to mask) or IncompatibleError (a tied
+    weight, a weight-standardised convolution, a weight under another parametrization).
     """
     share = popup.share
     targets, learned = resolve(model, popup)
@@ -228,6 +229,9 @@ def attach(model: nn.Module, popup: Popup) -> nn.Module:
         parameter.requires_grad_(False)
     for name in learned:
         for parameter in model.get_submodule(name).parameters(recurse=False):
+            parameter.requires_grad_(True)
+    for head in fixed_heads(model).values():
+        for _, parameter in head.learned_parameters():
             parameter.requires_grad_(True)
     for name, module, leaf in targets:
         full = f"{name}.{leaf}" if name else leaf

@@ -28,13 +28,22 @@ def borrowed(seed: int | None = None, device: torch.device = CPU) -> Iterator[No
 
     With ``seed`` they start there. ``torch.manual_seed`` would reseed every device for good.
     """
-    generators = _generators(device)
-    before = [generator.get_state() for generator in generators]
+    before = generator_states(device)
     try:
         if seed is not None:
-            for generator in generators:
+            for generator in _generators(device):
                 generator.manual_seed(seed)
         yield
     finally:
-        for generator, state in zip(generators, before, strict=True):
-            generator.set_state(state)
+        set_generator_states(before, device)
+
+
+def generator_states(device: torch.device = CPU) -> list[torch.Tensor]:
+    """Where the generators of the CPU and of one device stand."""
+    return [generator.get_state() for generator in _generators(device)]
+
+
+def set_generator_states(states: list[torch.Tensor], device: torch.device = CPU) -> None:
+    """Go on where they stood. To be used while they are borrowed."""
+    for generator, state in zip(_generators(device), states, strict=True):
+        generator.set_state(state)

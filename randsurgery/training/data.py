@@ -47,8 +47,9 @@ class Data(Protocol):
     def steps(self, batch_size: int) -> int:
         """Batches in one training epoch."""
 
-    def training(self, settings: TrainSettings, epoch: int) -> Iterator[Batch]:
-        """Augmented batches in random order: images (B, C, H, W), labels (B,)."""
+    def training(self, settings: TrainSettings, epoch: int, first: int = 0) -> Iterator[Batch]:
+        """Augmented batches in random order, from the ``first`` on: images (B, C, H, W), labels
+        (B,)."""
 
     def evaluation(self, batch_size: int) -> Iterator[Batch]:
         """All images once, in order."""
@@ -86,14 +87,14 @@ class Resident:
         mean, std = normalisation(self.spec, images.device)
         return (images.float() - mean) / std
 
-    def training(self, settings: TrainSettings, epoch: int) -> Iterator[Batch]:
+    def training(self, settings: TrainSettings, epoch: int, first: int = 0) -> Iterator[Batch]:
         """Augmented batches in random order."""
         device = self.images.device
         order = torch.from_numpy(
             permutation(len(self), seed=settings.seed, stream=f"epoch-{epoch}")
         ).to(device)
         moves = _augmentation(len(self), settings, epoch).to(device)
-        for step in range(self.steps(settings.batch_size)):
+        for step in range(first, self.steps(settings.batch_size)):
             chosen = order[step * settings.batch_size : (step + 1) * settings.batch_size]
             images = augment(self.images[chosen], moves[chosen], settings.crop_padding)
             yield self._normalise(images), self.labels[chosen]
@@ -196,13 +197,14 @@ class Streamed:
         for images, labels in loader:
             yield (images.to(self.device).float() - mean) / std, labels.to(self.device)
 
-    def training(self, settings: TrainSettings, epoch: int) -> Iterator[Batch]:
+    def training(self, settings: TrainSettings, epoch: int, first: int = 0) -> Iterator[Batch]:
         """Augmented batches in random order (timm's random resized crop and flip)."""
         order = permutation(self.size, seed=settings.seed, stream=f"epoch-{epoch}")
+        begin = first * settings.batch_size
         whole = self.steps(settings.batch_size) * settings.batch_size
         self.dataset.transform = self._transform(True, settings.hflip)
         seeded = _Seeded(self.dataset, settings.seed, epoch)
-        yield from self._batches(seeded, settings.batch_size, order[:whole].tolist())
+        yield from self._batches(seeded, settings.batch_size, order[begin:whole].tolist())
 
     def evaluation(self, batch_size: int) -> Iterator[Batch]:
         """All images once, in order."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -14,7 +14,11 @@ from torch import nn
 
 from randsurgery.errors import DataError, DivergedError, UsageError, near, reason
 from randsurgery.format.generator import torch_seed
-from randsurgery.surgery.randomness import borrowed
+from randsurgery.surgery.randomness import (
+    borrowed,
+    generator_states,
+    set_generator_states,
+)
 from randsurgery.training.data import Batch, Data
 from randsurgery.training.evaluate import autocast, evaluate
 from randsurgery.training.settings import TrainSettings
@@ -34,7 +38,20 @@ class Hooks:
     on_step: Callable[[int, float], None] = lambda step, loss: None
     on_epoch: Callable[[Record], None] = lambda record: None
     extra: Callable[[], Record] = dict
-    on_state: Callable[[RunState], None] | None = None
+    on_state: Callable[[RunState], None] | None = None  # at each epoch's end
+    state_every: int = 0  # and every so many steps, if not 0
+    memory: Callable[[], dict[str, torch.Tensor]] = dict  # what ``extra`` remembers
+    recall: Callable[[dict[str, torch.Tensor]], None] = lambda tensors: None
+
+
+@dataclass
+class Sums:
+    """Sums over the images of the epoch so far."""
+
+    batches: int = 0
+    loss: float = 0.0
+    correct: int = 0
+    images: int = 0
 
 
 @dataclass
@@ -49,20 +66,36 @@ class Run:
     epoch: int = 0
     step: int = 0
     history: list[Record] = field(default_factory=list)
+    sums: Sums = field(default_factory=lambda: Sums())
+    generators: list[torch.Tensor] = field(default_factory=list)  # to go on with, within an epoch
+
+    @property
+    def device(self) -> torch.device:
+        """Where the module is."""
+        return next(self.model.parameters()).device
 
     @property
     def learned(self) -> list[nn.Parameter]:
         """What the optimiser moves."""
         return [p for p in self.model.parameters() if p.requires_grad]
 
-    def state(self) -> RunState:
+    def state(self, memory: dict[str, torch.Tensor] | None = None) -> RunState:
         """The whole state, as one object that can be written."""
-        return RunState.capture(self.model, self.optimizer, self.epoch, self.step)
+        state = RunState.capture(self.model, self.optimizer, self.epoch, self.step)
+        state.values |= {"history": list(self.history), "sums": asdict(self.sums)}
+        state.tensors |= {f"memory/{name}": tensor for name, tensor in (memory or {}).items()}
+        if self.sums.batches:
+            for index, generator in enumerate(generator_states(self.device)):
+                state.tensors[f"generator/{index}"] = generator
+        return state
 
     def restore(self, state: RunState) -> None:
         """Go on from a state of a run set up alike."""
         state.restore(self.model, self.optimizer)
         self.epoch, self.step = state.epoch, state.step
+        self.history = list(state.values["history"])
+        self.sums = Sums(**state.values["sums"])
+        self.generators = [tensor for _, tensor in sorted(state.part("generator/").items())]
 
 
 def start(model: nn.Module, train: Data, settings: TrainSettings) -> Run:
@@ -134,9 +167,9 @@ def fit(
     run = start(model, train, settings)
     if resume is not None:
         run.restore(resume)
-    device = next(model.parameters()).device
+        hooks.recall(resume.part("memory/"))
     while run.epoch < settings.epochs:
-        with borrowed(torch_seed(settings.seed, f"epoch-{run.epoch}"), device):
+        with borrowed(torch_seed(settings.seed, f"epoch-{run.epoch}"), run.device):
             record = _epoch(run, train, hooks)
         result = evaluate(model, test, amp=settings.amp)
         run.epoch += 1
@@ -145,15 +178,19 @@ def fit(
         run.history.append(record)
         hooks.on_epoch(record)
         if hooks.on_state is not None:
-            hooks.on_state(run.state())
+            hooks.on_state(run.state(hooks.memory()))
     return run.history
 
 
 def _epoch(run: Run, train: Data, hooks: Hooks) -> Record:
+    """What is left of an epoch; a new run has all of it before it."""
     hooks.on_epoch_start(run.epoch, run.steps)
     run.model.train()
-    total, correct, seen, rate = 0.0, 0, 0, 0.0
-    for batch in train.training(run.settings, run.epoch):
+    if run.generators:
+        set_generator_states(run.generators, run.device)
+        run.generators = []
+    rate = _set_rate(run)
+    for batch in train.training(run.settings, run.epoch, run.sums.batches):
         rate = _set_rate(run)
         logits, loss = _step(run, batch)
         value = float(loss.detach())
@@ -163,11 +200,24 @@ def _epoch(run: Run, train: Data, hooks: Hooks) -> Record:
                 "or --clip-grad"
             )
         run.step += 1
-        count = len(batch[1])
-        total, seen = total + value * count, seen + count
-        correct += int((logits.detach().argmax(1) == batch[1]).sum())
+        _add(run.sums, value, logits, batch[1])
         hooks.on_step(run.step, value)
-    return {"lr": rate, "train_loss": total / seen, "train_accuracy": correct / seen}
+        due = hooks.state_every and run.step % hooks.state_every == 0
+        if hooks.on_state is not None and due and run.sums.batches < run.steps:
+            hooks.on_state(run.state(hooks.memory()))
+    sums, run.sums = run.sums, Sums()
+    return {
+        "lr": rate,
+        "train_loss": sums.loss / sums.images,
+        "train_accuracy": sums.correct / sums.images,
+    }
+
+
+def _add(sums: Sums, loss: float, logits: torch.Tensor, labels: torch.Tensor) -> None:
+    sums.batches += 1
+    sums.loss += loss * len(labels)
+    sums.correct += int((logits.detach().argmax(1) == labels).sum())
+    sums.images += len(labels)
 
 
 def _set_rate(run: Run) -> float:

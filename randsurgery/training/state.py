@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
+import json
+import os
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from randsurgery.errors import FileFormatError, IncompatibleError
+from randsurgery.format.container import Container, pack, write_atomically
+from randsurgery.surgery.tensors import from_torch, to_torch
+
+STATE_KEY = "randsurgery_state"
+VERSION = 1
+
 
 @dataclass
 class RunState:
-    """Tensors by name and plain values; both can be written without pickle.
+    """Tensors by name and plain values; both are written without pickle.
 
-    ``tensors``: the module's state dict (scores among it) under ``model/``, the optimiser's under
-    ``optimizer/INDEX/NAME``. ``values``: epoch and step reached, the optimiser's numbers and
-    groups. Order, augmentation and schedule follow from seed, epoch and step, so no generator is
-    in it.
+    ``tensors``: what may change of the module (learned parameters and buffers) under ``model/``,
+    the optimiser's state under ``optimizer/INDEX/NAME``, torch's generators under ``generator/N``
+    if the run stopped within an epoch, and what the caller remembers under ``memory/``.
+    ``values``: epoch and step reached, the optimiser's numbers and groups, sums over the epoch,
+    the records of past epochs. Order, augmentation and schedule follow from seed, epoch and step.
     """
 
     epoch: int = 0  # epochs completed
@@ -28,8 +39,8 @@ class RunState:
     def capture(
         cls, model: nn.Module, optimizer: torch.optim.Optimizer | None, epoch: int, step: int
     ) -> RunState:
-        """A copy of the run's state."""
-        tensors = {f"model/{n}": t.detach().clone() for n, t in model.state_dict().items()}
+        """A copy of what a run changes."""
+        tensors = {f"model/{n}": t.detach().clone() for n, t in changing(model).items()}
         values: dict[str, Any] = {}
         if optimizer is not None:
             state = optimizer.state_dict()
@@ -44,21 +55,75 @@ class RunState:
             values["numbers"] = numbers
         return cls(epoch, step, tensors, values)
 
-    def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
-        """Put the state back into a run set up alike."""
-        own = {
-            name.removeprefix("model/"): tensor
+    def part(self, prefix: str) -> dict[str, torch.Tensor]:
+        """The tensors under a prefix, by the rest of their names."""
+        return {
+            name.removeprefix(prefix): tensor
             for name, tensor in self.tensors.items()
-            if name.startswith("model/")
+            if name.startswith(prefix)
         }
-        model.load_state_dict(own, strict=True)
+
+    def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
+        """Put the state back into a run set up alike. Raises IncompatibleError if it is not."""
+        own, there = self.part("model/"), changing(model)
+        shapes = {name: (tensor.shape, tensor.dtype) for name, tensor in there.items()}
+        if {name: (tensor.shape, tensor.dtype) for name, tensor in own.items()} != shapes:
+            raise IncompatibleError("the state is of a run that learns other tensors")
+        with torch.no_grad():
+            for name, tensor in own.items():
+                there[name].copy_(tensor)
         if optimizer is None:
             return
         state: dict[int, dict[str, Any]] = {
             int(index): dict(part) for index, part in self.values["numbers"].items()
         }
-        for name, tensor in self.tensors.items():
-            if name.startswith("optimizer/"):
-                _, index, key = name.split("/", 2)
-                state.setdefault(int(index), {})[key] = tensor.clone()
+        for name, tensor in self.part("optimizer/").items():
+            index, _, key = name.partition("/")
+            state.setdefault(int(index), {})[key] = tensor.clone()
         optimizer.load_state_dict({"state": state, "param_groups": self.values["groups"]})
+
+
+def changing(model: nn.Module) -> dict[str, torch.Tensor]:
+    """What training may change: learned parameters and the buffers of the state dict."""
+    state = model.state_dict(keep_vars=True)
+    return {
+        name: tensor
+        for name, tensor in state.items()
+        if not isinstance(tensor, nn.Parameter) or tensor.requires_grad
+    }
+
+
+def write_state(path: Path, state: RunState, run: dict[str, Any]) -> None:
+    """Write a state and what tells its run from others, atomically: safetensors with JSON in the
+    header, no pickle. Raises OutputError; an older state is then whole."""
+    text = json.dumps(
+        {"version": VERSION, "run": run, "epoch": state.epoch, "step": state.step,
+         "values": state.values},
+        sort_keys=True, allow_nan=False,
+    )  # fmt: skip
+    tensors = {name: from_torch(tensor, name) for name, tensor in state.tensors.items()}
+    write_atomically(path, pack(tensors, {"format": "pt", STATE_KEY: text}))
+
+
+def read_state(path: str | os.PathLike[str], run: dict[str, Any]) -> RunState:
+    """The state in a file. Raises FileFormatError, or IncompatibleError naming the first
+    difference if it belongs to another run."""
+    with Container(path) as file:
+        try:
+            found = json.loads(file.metadata[STATE_KEY])
+            version, theirs = found["version"], found["run"]
+            state = RunState(int(found["epoch"]), int(found["step"]), {}, dict(found["values"]))
+        except (KeyError, TypeError, ValueError):
+            raise FileFormatError(f"{path}: is no state of a run") from None
+        if version != VERSION:
+            raise FileFormatError(f"{path}: state version {version}, this program reads {VERSION}")
+        # through JSON, as the state's own description went
+        ours = json.loads(json.dumps(run))
+        for key in sorted({*ours, *theirs}):
+            if ours.get(key) != theirs.get(key):
+                raise IncompatibleError(
+                    f"{path}: is the state of another run: its {key} is "
+                    f"{str(theirs.get(key))[:80]}, here it is {str(ours.get(key))[:80]}"
+                )
+        state.tensors = {name: to_torch(file.read(name)) for name in file.infos}
+    return state

@@ -1,0 +1,34 @@
+"""Learning curves: the records of a run as a picture."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+
+def plot_curves(records: list[dict[str, Any]], path: str | os.PathLike[str]) -> None:
+    """Loss and accuracy by epoch, and what else a technique records (flipped mask bits, the scale
+    of a fixed classifier), to a .png, .svg or .pdf file."""
+    from matplotlib.figure import Figure
+
+    epochs = [record["epoch"] for record in records]
+    panels: list[tuple[str, list[tuple[str, str]]]] = [
+        ("cross entropy", [("train_loss", "training"), ("test_loss", "test")]),
+        ("accuracy", [("train_accuracy", "training"), ("test_accuracy", "test")]),
+    ]
+    for key, title in (("flipped", "share of mask bits flipped"), ("head_scale", "head scale")):
+        if any(key in record for record in records):
+            panels.append((title, [(key, "")]))
+    figure = Figure(figsize=(4.2 * len(panels), 3.2), layout="constrained")
+    for axes, (title, lines) in zip(figure.subplots(1, len(panels)), panels, strict=True):
+        for key, label in lines:
+            values = [record.get(key) for record in records]
+            shown = [float("nan") if value is None else value for value in values]
+            axes.plot(epochs, shown, marker="o", markersize=3, label=label)
+        axes.set_xlabel("epoch")
+        axes.set_ylabel(title)
+        axes.grid(alpha=0.3)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        if lines[0][1]:
+            axes.legend(frameon=False)
+    figure.savefig(path)

@@ -1,0 +1,123 @@
+"""``freeze``: decide what is learned, and write it down as a plan."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from randsurgery.errors import UsageError
+from randsurgery.format.checkpoint import Checkpoint
+from randsurgery.format.container import check_output
+from randsurgery.format.recipe import ConstantSource, Plan
+from randsurgery.format.tensors import hex_float
+from randsurgery.format.writing import write_checkpoint
+from randsurgery.jobs import runs
+from randsurgery.jobs.records import keep_base, with_provenance
+from randsurgery.jobs.sources import SourceSpec, open_source, resolve_source
+from randsurgery.surgery.heads import FixedKind, with_fixed_head
+from randsurgery.surgery.modules import meta_module
+from randsurgery.surgery.plans import Freeze, LayerCount, count_layers, make_plan
+
+
+@dataclass(frozen=True)
+class FreezePlan:
+    """A freeze job. ``zero``: what slices leave out is zero instead of its own value."""
+
+    source: SourceSpec
+    wish: Freeze
+    head: FixedKind | None = None
+    head_scale: float | None = None
+    zero: bool = False
+    output: str | None = None
+    force: bool = False
+
+
+@dataclass(frozen=True)
+class PreparedFreeze:
+    """A checked freeze job: the network with its plan, and the counts."""
+
+    plan: FreezePlan
+    checkpoint: Checkpoint
+    layers: tuple[LayerCount, ...]
+    output: Path
+
+    @property
+    def learned(self) -> int:
+        """Learned parameters."""
+        return sum(row.learned for row in self.layers)
+
+    @property
+    def total(self) -> int:
+        """All parameters."""
+        return sum(row.total for row in self.layers)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values: ``learned``, ``total``, ``layers``."""
+        layers = [asdict(row) for row in self.layers]
+        return {"learned": self.learned, "total": self.total, "layers": layers}
+
+
+def prepare_freeze(plan: FreezePlan) -> PreparedFreeze:
+    """Choose what is learned. Raises RandsurgeryError; writes nothing.
+
+    The job's checkpoint is to be closed by the caller.
+    """
+    plan.wish.check()
+    if plan.zero and not plan.wish.slices:
+        raise UsageError("--fill zero goes with --fraction or --count")
+    source = resolve_source(plan.source)
+    plan = replace(plan, source=source)
+    stem = Path(source.name).stem if source.is_file else source.name
+    output = check_output(plan.output or f"{stem}-plan.safetensors", force=plan.force)
+    with runs.closing_on_error() as stack:
+        made = stack.enter_context(open_source(source))
+        if plan.head is not None:
+            seed = source.seed or 0
+            made = with_fixed_head(made, plan.head, seed=seed, scale=plan.head_scale)
+        model = meta_module(made)
+        chosen = make_plan(model, plan.wish)
+        layers = tuple(count_layers(model, chosen))
+        made = _zero_filled(made, chosen) if plan.zero else _with_plan(made, chosen)
+    return PreparedFreeze(plan, made, layers, output)
+
+
+def _with_plan(checkpoint: Checkpoint, plan: Plan) -> Checkpoint:
+    member = checkpoint.member().model_copy(update={"plan": plan})
+    return replace(checkpoint, recipe=checkpoint.recipe.with_member(member))
+
+
+def _zero_filled(checkpoint: Checkpoint, plan: Plan) -> Checkpoint:
+    """Sliced tensors become zero, and their slices start where the tensor's own source would
+    have them (Rosenfeld & Tsotsos, Section 4.2)."""
+    tensors, parts = dict(checkpoint.recipe.tensors), dict(plan.tensors)
+    for name, part in plan.tensors.items():
+        if part.part != "slice":
+            continue
+        entry = tensors[name]
+        if entry.overlays or entry.source.kind not in ("random", "base", "constant"):
+            raise UsageError(
+                f"--fill zero needs weights from a seed or a base, but {name} is "
+                f"{entry.source.kind} with {len(entry.overlays)} overlays"
+            )
+        if not isinstance(entry.source, ConstantSource):
+            parts[name] = part.model_copy(update={"start": entry.source})
+        zero = ConstantSource(value=hex_float(0.0))
+        tensors[name] = entry.model_copy(update={"source": zero, "digest": None})
+    recipe = checkpoint.recipe.model_copy(update={"tensors": tensors, "backbone_id": None})
+    return _with_plan(
+        replace(checkpoint, recipe=recipe), plan.model_copy(update={"tensors": parts})
+    )
+
+
+def run_freeze(job: PreparedFreeze) -> int:
+    """Write the plan; returns the file's bytes."""
+    keep_base(job.checkpoint, job.output)
+    settings = {
+        key: str(value) if key == "fraction" and value is not None else value
+        for key, value in asdict(job.plan.wish).items()
+    }
+    settings |= {"fill": "zero" if job.plan.zero else "own", "fixed_head": job.plan.head}
+    settings |= runs.weight_settings(job.plan.source)
+    described = with_provenance(job.checkpoint, "freeze", settings, [])
+    return write_checkpoint(job.output, described, force=job.plan.force)

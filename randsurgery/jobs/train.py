@@ -1,0 +1,67 @@
+"""``train``: learn a plan, the survivors of a mask, or everything."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from randsurgery.format.recipe import MaskOverlay, Plan, ScatterOverlay
+from randsurgery.jobs import runs
+from randsurgery.jobs.runs import Prepared, Result, RunPlan, Technique
+from randsurgery.surgery.modules import learn_plan, meta_module
+from randsurgery.surgery.plans import count_layers, everything, survivors
+from randsurgery.training.loop import Hooks
+
+
+def prepare_train(plan: RunPlan) -> Prepared:
+    """Check everything a training job needs, and settle its plan. Raises RandsurgeryError; writes
+    nothing. The job's checkpoint is to be closed by the caller."""
+    with runs.closing_on_error() as stack:
+        job = runs.prepare(plan, stack, "trained", flat=False)
+        return replace(job, checkpoint=_planned(job))
+
+
+def _planned(job: Prepared) -> Any:
+    """The checkpoint with a plan: its own, else the survivors of its masks, else everything."""
+    checkpoint, who = job.checkpoint, job.checkpoint.member()
+    model = meta_module(checkpoint)
+    if who.plan is not None:
+        own = _refitted(who.plan, everything(model)) if job.plan.head is not None else who.plan
+    else:
+        masked = {
+            name
+            for name in checkpoint.recipe.tensor_names(who)
+            for overlay in checkpoint.recipe.resolved(who, name).overlays
+            if isinstance(overlay, (MaskOverlay, ScatterOverlay))
+        }
+        own = survivors(model, masked)
+    recipe = checkpoint.recipe.with_member(who.model_copy(update={"plan": own}))
+    return replace(checkpoint, recipe=recipe)
+
+
+def _refitted(plan: Plan, whole: Plan) -> Plan:
+    """A plan for a network whose classifier was replaced: what is gone leaves, what came is
+    learned."""
+    kept = {name: part for name, part in plan.tensors.items() if name in whole.tensors}
+    fixed = {n: p for n, p in whole.tensors.items() if n.endswith((".scale", ".bias")) and
+             n.rpartition(".")[0] + ".weight" not in whole.tensors}  # fmt: skip
+    return plan.model_copy(update={"tensors": dict(sorted({**fixed, **kept}.items()))})
+
+
+def run_train(job: Prepared, hooks: Hooks | None = None) -> Result:
+    """Learn the plan, then write, re-read and verify the file."""
+    technique = Technique(
+        command="train",
+        attach=lambda model: learn_plan(model, job.checkpoint),
+        settings=runs.source_settings(job.plan, False),
+    )
+    return runs.carry_out(job, technique, hooks)
+
+
+def train_facts(job: Prepared) -> dict[str, Any]:
+    """What a training job would do, for ``--dry-run``."""
+    plan = job.checkpoint.member().plan
+    assert plan is not None
+    rows = count_layers(meta_module(job.checkpoint), plan)
+    own = {"learned": sum(row.learned for row in rows), "total": sum(row.total for row in rows)}
+    return runs.facts(job, own, runs.source_settings(job.plan, False))

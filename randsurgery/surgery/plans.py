@@ -1,0 +1,223 @@
+"""What is learned: a fraction of every layer's filters, named layers, norms, the classifier.
+
+Rosenfeld & Tsotsos, Section 3: of each layer's filter tensor (out, in, height, width) the first
+int(p * size) indices of one dimension are learned. ``make_plan`` turns such a wish into a list of
+tensors and slices, which a file keeps as its plan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Literal, get_args
+
+from torch import nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+from randsurgery.errors import IncompatibleError, UsageError
+from randsurgery.format.recipe import Learned, Plan
+from randsurgery.surgery.architectures import classifier_names
+from randsurgery.surgery.heads import FixedClassifier, fixed_heads
+from randsurgery.surgery.initialisers import parse_fraction
+from randsurgery.surgery.roles import is_norm, select_modules, weight_names
+
+Dim = Literal["out", "in", "height", "width"]
+HeadUse = Literal["learned", "frozen"]
+WHOLE = Learned()
+
+
+@dataclass(frozen=True)
+class Freeze:
+    """What is to be learned; everything else is frozen.
+
+    fraction: share of each layer's filters, (0, 1], parsed as a decimal. count: their number
+    instead. dim: the dimension that is sliced. only: patterns of the layers that are learned,
+    whole unless ``fraction`` or ``count`` slices them. norms: scales and shifts learned.
+    statistics: running statistics follow the data or stay. head: the classifier learned (whole) or
+    frozen; None: learned unless ``only`` leaves it out. linear: other linear layers sliced like
+    convolutions, or learned whole (the paper's rule). least: filters learned at least in a layer.
+    """
+
+    fraction: str | float | Fraction | None = None
+    count: int | None = None
+    dim: Dim = "out"
+    only: tuple[str, ...] = ()
+    norms: bool = True
+    statistics: Literal["tracked", "frozen"] = "tracked"
+    head: HeadUse | None = None
+    linear: Literal["sliced", "whole"] = "sliced"
+    least: int = 0
+
+    @property
+    def slices(self) -> bool:
+        """True if layers are sliced, False if they are learned whole or not at all."""
+        return self.fraction is not None or self.count is not None
+
+    def check(self) -> None:
+        """Raises UsageError for values out of range and wishes that contradict each other."""
+        if self.fraction is not None and self.count is not None:
+            raise UsageError("--fraction and --count exclude each other")
+        if self.fraction is not None:
+            parse_fraction(self.fraction, "fraction")
+        if self.count is not None and self.count < 1:
+            raise UsageError(f"--count must be at least 1, found {self.count}")
+        if self.dim not in get_args(Dim):
+            raise UsageError(f"unknown --dim {self.dim!r}, expected {', '.join(get_args(Dim))}")
+        if self.linear not in ("sliced", "whole"):
+            raise UsageError(f"unknown --linear {self.linear!r}, expected sliced or whole")
+        if not self.slices and (self.dim != "out" or self.linear != "sliced" or self.least):
+            raise UsageError("--dim, --linear and --min go with --fraction or --count")
+        if "@norm" in self.only and not self.norms:
+            raise UsageError("--only @norm and --norms frozen contradict each other")
+        if "@head" in self.only and self.head == "frozen":
+            raise UsageError("--only @head and --head frozen contradict each other")
+
+
+def dim_index(module: nn.Module, dims: int, dim: Dim) -> int | None:
+    """The position of a dimension in a weight of ``dims`` dimensions; None if it has none so named.
+
+    Height and width are the last two of a convolution's; a one-dimensional one has a width only.
+    """
+    if dim in ("out", "in"):
+        swapped = isinstance(module, _ConvTransposeNd)  # its weight is (in, out, ...)
+        return int((dim == "in") != swapped)
+    place = dims - (2 if dim == "height" else 1)
+    return place if place >= 2 else None
+
+
+def _filters(wish: Freeze, size: int) -> int:
+    """How many of ``size`` indices are learned: int(p * size) (Section 3), or the given count."""
+    if wish.count is not None:
+        found = min(wish.count, size)
+    else:
+        assert wish.fraction is not None
+        found = int(parse_fraction(wish.fraction, "fraction") * size)
+    # Section 4.1: slices of the other dimensions keep one element at least
+    return min(size, max(found, wish.least, 0 if wish.dim == "out" else 1))
+
+
+def _slices(name: str, module: nn.Module, wish: Freeze, empty: list[str]) -> dict[str, Learned]:
+    """What is learned of one layer's weights and bias."""
+    found: dict[str, Learned] = {}
+    for leaf in weight_names(module):
+        weight = getattr(module, leaf)
+        full = f"{name}.{leaf}" if name else leaf
+        if not isinstance(module, (_ConvNd, nn.Linear, nn.MultiheadAttention)):
+            raise IncompatibleError(
+                f"{full} ({type(module).__name__}) is not a plain filter tensor; name other layers "
+                "with --only"
+            )
+        dim = dim_index(module, weight.dim(), wish.dim)
+        if dim is None:
+            raise UsageError(
+                f"{full} {list(weight.shape)} has no {wish.dim}; choose --dim out or in, "
+                "--linear whole, or name layers with --only"
+            )
+        count = _filters(wish, weight.shape[dim])
+        if count == 0:
+            empty.append(full)
+        found[full] = Learned(part="slice", dim=dim, count=count)
+        bias = {"weight": "bias", "in_proj_weight": "in_proj_bias"}.get(leaf, "")
+        if wish.dim == "out" and getattr(module, bias, None) is not None:
+            # biases only along out (Section 3)
+            found[full.removesuffix(leaf) + bias] = Learned(part="slice", dim=0, count=count)
+    return found
+
+
+def _whole(name: str, module: nn.Module) -> dict[str, Learned]:
+    """All of a layer's own parameters; of a fixed classifier those that are not fixed."""
+    prefix = f"{name}." if name else ""
+    if isinstance(module, FixedClassifier):
+        own = module.learned_parameters()
+    else:
+        own = module.named_parameters(recurse=False)
+    return {prefix + leaf: WHOLE for leaf, _ in own}
+
+
+def make_plan(model: nn.Module, wish: Freeze) -> Plan:
+    """The tensors and slices that a wish names, for a module (on meta will do).
+
+    Without ``only``: the slices of every layer, all norms and the whole classifier. With ``only``:
+    the matched layers and all norms. Raises UsageError or IncompatibleError: contradictions, a
+    pattern that matches nothing, a dimension that a layer lacks, layers of which nothing would be
+    learned, nothing learned at all.
+    """
+    wish.check()
+    named = select_modules(model, wish.only) if wish.only else None
+    heads = select_modules(model, ("@head",)) if classifier_names(model) else set()
+    heads |= set(fixed_heads(model))
+    use_head = wish.head != "frozen" and (
+        wish.head == "learned" or (named is None and wish.slices) or bool(named and heads <= named)
+    )
+    learned: dict[str, Learned] = {}
+    empty: list[str] = []
+    for name, module in model.named_modules():
+        chosen = named is None or name in named
+        if name in heads:
+            learned |= _whole(name, module) if use_head else {}
+        elif is_norm(module):
+            learned |= _whole(name, module) if wish.norms else {}
+        elif not chosen:
+            continue
+        elif not wish.slices:
+            learned |= _whole(name, module) if named is not None else {}
+        elif isinstance(module, nn.Linear) and wish.linear == "whole":
+            learned |= _whole(name, module)
+        else:
+            learned |= _slices(name, module, wish, empty)
+    if empty:
+        shown = ", ".join(empty[:5]) + (f" and {len(empty) - 5} more" if len(empty) > 5 else "")
+        raise UsageError(f"no filter would be learned in {shown}; pass --min 1 or a larger share")
+    if not learned:
+        raise UsageError("nothing would be learned; give --fraction, --count or --only")
+    return Plan(tensors=dict(sorted(learned.items())), statistics=wish.statistics)
+
+
+def everything(model: nn.Module) -> Plan:
+    """The dense baseline: every parameter whole, but the rows of fixed classifiers."""
+    learned: dict[str, Learned] = {}
+    for name, module in model.named_modules():
+        learned |= _whole(name, module)
+    return Plan(tensors=dict(sorted(learned.items())))
+
+
+def survivors(model: nn.Module, masked: Collection[str]) -> Plan:
+    """Everything, but of masked tensors the surviving values alone."""
+    alive = Learned(part="survivors")
+    whole = everything(model).tensors
+    return Plan(tensors={name: alive if name in masked else whole[name] for name in whole})
+
+
+@dataclass(frozen=True)
+class LayerCount:
+    """Parameters of one layer: how many are learned, of how many."""
+
+    layer: str
+    learned: int
+    total: int
+
+
+def learned_size(part: Learned | None, shape: tuple[int, ...]) -> int:
+    """The number of learned elements of a tensor; survivors count as whole (their mask knows)."""
+    size = 1
+    for index, length in enumerate(shape):
+        sliced = part is not None and part.part == "slice" and part.dim == index
+        size *= part.count or 0 if sliced and part is not None else length
+    return size if part is not None else 0
+
+
+def count_layers(model: nn.Module, plan: Plan) -> list[LayerCount]:
+    """Learned and all parameters by layer, in the module's order; buffers are not counted."""
+    rows: list[LayerCount] = []
+    for name, module in model.named_modules():
+        prefix = f"{name}." if name else ""
+        own = [
+            (plan.tensors.get(prefix + leaf), tuple(tensor.shape))
+            for leaf, tensor in module.named_parameters(recurse=False)
+        ]
+        if own:
+            total = sum(learned_size(WHOLE, shape) for _, shape in own)
+            learned = sum(learned_size(part, shape) for part, shape in own)
+            rows.append(LayerCount(name or type(module).__name__, learned, total))
+    return rows
