@@ -77,7 +77,9 @@ def test_other_arguments_are_refused(key: str, value: Any) -> None:
     [("num_classes", -1), ("num_classes", 10**7), ("num_classes", True), ("num_classes", 10.0),
      ("num_classes", "10"), ("img_size", 0), ("img_size", 10**6), ("depth", 10**9),
      ("embed_dim", 10**6), ("width", 1e6), ("width", 0), ("width", float("nan")),
-     ("width", float("inf")), ("width", True), ("drop_rate", 1.5), ("dynamic_img_size", 1),
+     ("width", float("inf")), ("width", True), ("widen_factor", 0),
+     ("widen_factor", 65), ("widen_factor", 2.0), ("growth_rate", 0), ("growth_rate", 1025),
+     ("drop_rate", 1.5), ("dynamic_img_size", 1),
      ("global_pool", "sum"), ("global_pool", 3), ("in_chans", 0), ("mlp_ratio", "4")],
 )  # fmt: skip
 def test_values_out_of_bounds_or_of_another_type_are_refused(key: str, value: Any) -> None:

@@ -507,6 +507,19 @@ def test_a_model_of_terabytes_is_refused_before_it_is_made(here: Path) -> None:
     assert not listing(here)
 
 
+@pytest.mark.parametrize(
+    ("name", "size", "least"),
+    [("vgg19_cifar", 28, 32), ("alexnet_cifar", 28, 29), ("conv8", 15, 16)],
+)
+def test_images_too_small_for_the_network_are_refused_before_training(
+    here: Path, name: str, size: int, least: int
+) -> None:
+    said = fails(4, "popup", name, "--epochs", 1, "--img-size", size)
+    assert f"{name} cannot be built with img_size={size}," in said
+    assert f"at least {least} pixels" in said
+    assert not listing(here)
+
+
 def test_unreadable_files_are_refused_everywhere(net: Path, here: Path, tmp_path: Path) -> None:
     bad = tmp_path / "bad"
     bad.mkdir()

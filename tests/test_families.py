@@ -48,6 +48,11 @@ FAMILIES: dict[str, tuple[str, int, dict[str, Any]]] = {
     "mambaout": ("test_mambaout", 64, {}),
     "repvit": ("repvit_m0_9", 64, {}),
     "conditional convolutions": ("efficientnet_cc_b0_4e", 64, {}),
+    "wide resnet": ("wrn_28_4", 32, {"depth": 10, "widen_factor": 1}),
+    "densenet-bc": ("densenet_bc_100_12", 28, {"depth": 16, "growth_rate": 4}),
+    "deep resnet": ("resnet56_cifar", 28, {"depth": 14}),
+    "alexnet": ("alexnet_cifar", 32, {}),
+    "lenet": ("lenet_300_100", 28, {"img_size": 28}),
     "crossvit": ("crossvit_tiny_240", 240, {}),
 }
 

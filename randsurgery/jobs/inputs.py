@@ -150,4 +150,8 @@ def model_arguments(source: SourceSpec, look: InputSpec, classes: int) -> dict[s
     arch, size = source.name.partition(".")[0], look.size[0]
     if "img_size" in args or size == native_size(arch):
         return args
-    return {**args, "img_size": size} if takes_img_size(spec_of(arch, args), size) else args
+    model = spec_of(arch, args)
+    # an architecture that takes sizes but not this one is to say so, before any image is read
+    if takes_img_size(model, size) or takes_img_size(model, native_size(arch) + 32):
+        return {**args, "img_size": size}
+    return args

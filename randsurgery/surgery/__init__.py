@@ -4,6 +4,7 @@ Modules import only those above them in this list:
 
 tensors        torch tensors <-> raw tensors of the format
 randomness     torch's own generators, borrowed and given back
+networks       the CIFAR networks of partial training, and LeNet-300-100, as modules
 zoo            the papers' architectures, entered in timm's registry
 architectures  registry names and arguments -> modules, checked before anything is allocated
 roles          what each tensor of a module is; patterns that select modules

@@ -49,6 +49,8 @@ ARGUMENTS: dict[str, Bound] = {
     "num_heads": Bound(int, 1, 1024),
     "mlp_ratio": Bound(float, 0.01, 64),
     "width": Bound(float, 0.001, 64),
+    "widen_factor": Bound(int, 1, 64),
+    "growth_rate": Bound(int, 1, 1024),
     "drop_rate": Bound(float, 0, 1),
     "drop_path_rate": Bound(float, 0, 1),
     "dynamic_img_size": Bound(bool),

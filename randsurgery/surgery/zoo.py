@@ -7,6 +7,10 @@ layer but the last, each width being ``int(width * n)`` (their Section 4.3 and F
 
 ``resnet18_cifar``, ``resnet50_cifar``: timm's ResNets with the CIFAR stem, a 3x3 convolution of
 stride 1 and no pooling, as the papers use at 32 x 32.
+
+``wrn_28_4``, ``wrn_28_10``, ``densenet_bc_100_12``, ``vgg19_cifar``, ``vgg19_bn_cifar``,
+``alexnet_cifar``, ``resnet56_cifar``, ``lenet_300_100``: see ``networks``. Model arguments
+``depth``, ``widen_factor`` and ``growth_rate`` give the other depths and widths.
 """
 
 from __future__ import annotations
@@ -17,6 +21,15 @@ import torch
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import nn
+
+from randsurgery.surgery.networks import (
+    CifarAlexNet,
+    CifarVgg19,
+    DeepResNet,
+    DenseNetBC,
+    LeNet,
+    WideResNet,
+)
 
 __all__ = ["ConvN"]
 
@@ -100,7 +113,7 @@ class CifarResNet(ResNet):  # type: ignore[misc]
         self.feature_info[0] = {"num_chs": stem, "reduction": 1, "module": "act1"}
 
 
-def _cfg(first_conv: str) -> dict[str, Any]:
+def _cfg(first_conv: str | None) -> dict[str, Any]:
     return {
         "url": "", "num_classes": 10, "input_size": (3, 32, 32), "pool_size": None,
         "crop_pct": 1.0, "interpolation": "bilinear", "mean": CIFAR_MEAN, "std": CIFAR_STD,
@@ -110,7 +123,10 @@ def _cfg(first_conv: str) -> dict[str, Any]:
 
 default_cfgs = generate_default_cfgs(
     {f"conv{depth}": _cfg("features.0") for depth in (2, 4, 6, 8)}
-    | {f"resnet{depth}_cifar": _cfg("conv1") for depth in (18, 50)}
+    | {f"resnet{depth}_cifar": _cfg("conv1") for depth in (18, 50, 56)}
+    | {name: _cfg("conv1") for name in ("wrn_28_4", "wrn_28_10", "densenet_bc_100_12")}
+    | {name: _cfg("features.0") for name in ("vgg19_cifar", "vgg19_bn_cifar", "alexnet_cifar")}
+    | {"lenet_300_100": _cfg(None)}
 )
 
 
@@ -128,6 +144,14 @@ def _conv(depth: int, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:
 
 def _resnet(name: str, block: type, layers: tuple[int, ...], pretrained: bool, **kw: Any) -> Any:
     return build_model_with_cfg(CifarResNet, name, pretrained, block=block, layers=layers, **kw)
+
+
+def _network(
+    network: type[nn.Module], name: str, pretrained: bool, kwargs: dict[str, Any], **usual: Any
+) -> nn.Module:
+    """``network`` with its usual arguments where ``kwargs`` does not say otherwise."""
+    model: nn.Module = build_model_with_cfg(network, name, pretrained, **{**usual, **kwargs})
+    return model
 
 
 @register_model  # type: ignore[untyped-decorator]
@@ -166,3 +190,51 @@ def resnet50_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """ResNet-50 with the CIFAR stem."""
     model: nn.Module = _resnet("resnet50_cifar", Bottleneck, (3, 4, 6, 3), pretrained, **kwargs)
     return model
+
+
+@register_model  # type: ignore[untyped-decorator]
+def wrn_28_4(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """Wide ResNet-28-4 (Rosenfeld & Tsotsos, Section 4)."""
+    return _network(WideResNet, "wrn_28_4", pretrained, kwargs, depth=28, widen_factor=4)
+
+
+@register_model  # type: ignore[untyped-decorator]
+def wrn_28_10(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """Wide ResNet-28-10 (Rosenfeld & Tsotsos, Section 4)."""
+    return _network(WideResNet, "wrn_28_10", pretrained, kwargs, depth=28, widen_factor=10)
+
+
+@register_model  # type: ignore[untyped-decorator]
+def densenet_bc_100_12(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """DenseNet-BC of depth 100, growth 12 (Rosenfeld & Tsotsos, Section 4)."""
+    return _network(DenseNetBC, "densenet_bc_100_12", pretrained, kwargs, depth=100, growth_rate=12)
+
+
+@register_model  # type: ignore[untyped-decorator]
+def vgg19_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """VGG-19 for CIFAR without norms (Rosenfeld & Tsotsos, Section 4)."""
+    return _network(CifarVgg19, "vgg19_cifar", pretrained, kwargs)
+
+
+@register_model  # type: ignore[untyped-decorator]
+def vgg19_bn_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """VGG-19 for CIFAR with norms (Rosenfeld & Tsotsos, Section 4)."""
+    return _network(CifarVgg19, "vgg19_bn_cifar", pretrained, kwargs, norm=True)
+
+
+@register_model  # type: ignore[untyped-decorator]
+def alexnet_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """AlexNet for CIFAR (Rosenfeld & Tsotsos, Section 4)."""
+    return _network(CifarAlexNet, "alexnet_cifar", pretrained, kwargs)
+
+
+@register_model  # type: ignore[untyped-decorator]
+def resnet56_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """ResNet-56 for CIFAR (He et al., Section 4.2) with projection shortcuts."""
+    return _network(DeepResNet, "resnet56_cifar", pretrained, kwargs, depth=56)
+
+
+@register_model  # type: ignore[untyped-decorator]
+def lenet_300_100(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """LeNet-300-100 (LeCun et al., 1998)."""
+    return _network(LeNet, "lenet_300_100", pretrained, kwargs)
