@@ -78,16 +78,17 @@ def prepare_freeze(plan: FreezePlan) -> PreparedFreeze:
         model = meta_module(made)
         chosen = make_plan(model, plan.wish)
         layers = tuple(count_layers(model, chosen))
-        made = _zero_filled(made, chosen) if plan.zero else _with_plan(made, chosen)
+        made = zero_filled(made, chosen) if plan.zero else with_plan(made, chosen)
     return PreparedFreeze(plan, made, layers, output)
 
 
-def _with_plan(checkpoint: Checkpoint, plan: Plan) -> Checkpoint:
+def with_plan(checkpoint: Checkpoint, plan: Plan) -> Checkpoint:
+    """The checkpoint with that plan for its member."""
     member = checkpoint.member().model_copy(update={"plan": plan})
     return replace(checkpoint, recipe=checkpoint.recipe.with_member(member))
 
 
-def _zero_filled(checkpoint: Checkpoint, plan: Plan) -> Checkpoint:
+def zero_filled(checkpoint: Checkpoint, plan: Plan) -> Checkpoint:
     """Sliced tensors become zero, and their slices start where the tensor's own source would
     have them (Rosenfeld & Tsotsos, Section 4.2)."""
     tensors, parts = dict(checkpoint.recipe.tensors), dict(plan.tensors)
@@ -105,9 +106,7 @@ def _zero_filled(checkpoint: Checkpoint, plan: Plan) -> Checkpoint:
         zero = ConstantSource(value=hex_float(0.0))
         tensors[name] = entry.model_copy(update={"source": zero, "digest": None})
     recipe = checkpoint.recipe.model_copy(update={"tensors": tensors, "backbone_id": None})
-    return _with_plan(
-        replace(checkpoint, recipe=recipe), plan.model_copy(update={"tensors": parts})
-    )
+    return with_plan(replace(checkpoint, recipe=recipe), plan.model_copy(update={"tensors": parts}))
 
 
 def run_freeze(job: PreparedFreeze) -> int:

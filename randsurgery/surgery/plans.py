@@ -66,6 +66,8 @@ class Freeze:
             raise UsageError(f"unknown --dim {self.dim!r}, expected {', '.join(get_args(Dim))}")
         if self.linear not in ("sliced", "whole"):
             raise UsageError(f"unknown --linear {self.linear!r}, expected sliced or whole")
+        if not self.slices and not self.only and self.head != "learned":
+            raise UsageError("nothing would be learned; give --fraction, --count or --only")
         if not self.slices and (self.dim != "out" or self.linear != "sliced" or self.least):
             raise UsageError("--dim, --linear and --min go with --fraction or --count")
         if "@norm" in self.only and not self.norms:
