@@ -25,10 +25,16 @@ from torch import nn
 
 from randsurgery.format.checkpoint import Checkpoint
 from randsurgery.format.recipe import DatasetSpec
-from randsurgery.jobs.freeze import with_plan, zero_filled
 from randsurgery.surgery.heads import FixedKind, with_fixed_head, with_head
 from randsurgery.surgery.modules import build, harvest, learn_plan, meta_module
-from randsurgery.surgery.plans import Freeze, count_layers, everything, make_plan
+from randsurgery.surgery.plans import (
+    Freeze,
+    count_layers,
+    everything,
+    make_plan,
+    with_plan,
+    zero_filled,
+)
 from randsurgery.surgery.recipes import make_recipe
 from randsurgery.training.data import Resident, open_data
 from randsurgery.training.loop import fit

@@ -20,9 +20,8 @@ from torch.nn.functional import cross_entropy
 import randsurgery
 from benchmarks.timing import Action, Timings, in_turn, note, parser_for, report
 from randsurgery.format.checkpoint import Checkpoint
-from randsurgery.jobs.freeze import with_plan
 from randsurgery.surgery.modules import build, learn_plan, meta_module
-from randsurgery.surgery.plans import Freeze, everything, make_plan
+from randsurgery.surgery.plans import Freeze, everything, make_plan, with_plan
 
 FRACTION = "0.1"
 CLASSES = 10

@@ -21,9 +21,12 @@ from randsurgery.format.checkpoint import (
 )
 from randsurgery.format.recipe import Recipe
 from randsurgery.format.writing import write_checkpoint
+from randsurgery.surgery import popup
 from randsurgery.surgery.bases import open_checkpoint
-from randsurgery.surgery.modules import build, harvest
-from randsurgery.surgery.popup import Popup, attach
+from randsurgery.surgery.heads import FixedKind, with_fixed_head
+from randsurgery.surgery.modules import build, harvest, learn_plan, meta_module
+from randsurgery.surgery.plans import Freeze, make_plan, with_plan, zero_filled
+from randsurgery.surgery.popup import Popup
 from randsurgery.surgery.recipes import make_recipe
 
 __all__ = [
@@ -31,6 +34,7 @@ __all__ = [
     "DataError",
     "DivergedError",
     "FileFormatError",
+    "Freeze",
     "IncompatibleError",
     "OutputError",
     "Popup",
@@ -39,6 +43,8 @@ __all__ = [
     "UsageError",
     "attach",
     "build",
+    "fix_head",
+    "freeze",
     "harvest",
     "load",
     "make_recipe",
@@ -70,6 +76,38 @@ def read_recipe(path: Path) -> Recipe:
     """What a file says about itself, from its header alone. Raises FileFormatError."""
     with read_checkpoint(path, need_bases=False) as checkpoint:
         return checkpoint.recipe
+
+
+def freeze(
+    recipe: Checkpoint, wish: Freeze, *, model: nn.Module | None = None, zero: bool = False
+) -> Checkpoint:
+    """The recipe with a plan: what of the network is learned (Rosenfeld & Tsotsos, Section 3).
+
+    ``model``: your own module, needed if the recipe names no architecture. ``zero``: what slices
+    leave out is zero instead of its own value. Raises UsageError for a wish that cannot be met.
+    """
+    shell = meta_module(recipe) if model is None else model
+    plan = make_plan(shell, wish)
+    return zero_filled(recipe, plan) if zero else with_plan(recipe, plan)
+
+
+def fix_head(
+    recipe: Checkpoint, kind: FixedKind, *, seed: int = 0, scale: float | None = None
+) -> Checkpoint:
+    """The recipe with its classifier fixed, "orthonormal" or "hadamard" (Hoffer et al.): features
+    on the sphere, fixed unit rows, a learned bias, and a learned scale unless one is given."""
+    return with_fixed_head(recipe, kind, seed=seed, scale=scale)
+
+
+def attach(model: nn.Module, what: Popup | Checkpoint) -> nn.Module:
+    """Make a module learn one part of itself and nothing else. In place; any nn.Module will do.
+
+    A ``Popup`` gives every convolution and linear weight a score, which is learned in its place.
+    A recipe makes the module learn the plan it has, or everything if it has none. The parameters
+    that require gradients are then what an optimiser is to have. Raises UsageError or
+    IncompatibleError.
+    """
+    return popup.attach(model, what) if isinstance(what, Popup) else learn_plan(model, what)
 
 
 def save(

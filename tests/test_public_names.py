@@ -12,9 +12,9 @@ import randsurgery as rs
 from randsurgery import api
 
 PUBLIC = [
-    "Checkpoint", "DataError", "DivergedError", "FileFormatError", "IncompatibleError",
+    "Checkpoint", "DataError", "DivergedError", "FileFormatError", "Freeze", "IncompatibleError",
     "OutputError", "Popup", "RandsurgeryError", "Recipe", "UsageError", "__version__", "attach",
-    "build", "harvest", "load", "make_recipe", "read_recipe", "save",
+    "build", "fix_head", "freeze", "harvest", "load", "make_recipe", "read_recipe", "save",
 ]  # fmt: skip
 
 

@@ -19,10 +19,16 @@ from randsurgery.errors import IncompatibleError, UsageError
 from randsurgery.format.checkpoint import Checkpoint
 from randsurgery.format.recipe import Learned, Plan
 from randsurgery.inspection.storage import storage
-from randsurgery.jobs.freeze import with_plan, zero_filled
 from randsurgery.surgery import slices
 from randsurgery.surgery.modules import build, harvest, learn_plan, meta_module, plain_state
-from randsurgery.surgery.plans import Freeze, everything, make_plan, survivors
+from randsurgery.surgery.plans import (
+    Freeze,
+    everything,
+    make_plan,
+    survivors,
+    with_plan,
+    zero_filled,
+)
 from randsurgery.surgery.popup import Popup, attach
 from randsurgery.surgery.recipes import make_recipe
 

@@ -103,6 +103,7 @@ def freeze(
     from randsurgery.errors import UsageError
     from randsurgery.jobs.freeze import FreezePlan, prepare_freeze, run_freeze
     from randsurgery.jobs.sources import SourceSpec
+    from randsurgery.surgery.heads import head_sentence
     from randsurgery.surgery.initialisers import check_init
     from randsurgery.surgery.plans import Freeze
 
@@ -145,6 +146,8 @@ def freeze(
         print_json({**beside, **job.to_json()})
         return
     render.show_layers(job.layers)
+    if job.head is not None:
+        note(head_sentence(job.head))
     if written is None:
         note(f"would write {job.output}")
     else:

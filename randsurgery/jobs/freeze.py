@@ -9,15 +9,20 @@ from typing import Any
 from randsurgery.errors import UsageError
 from randsurgery.format.checkpoint import Checkpoint
 from randsurgery.format.container import check_output
-from randsurgery.format.recipe import ConstantSource, Plan
-from randsurgery.format.tensors import hex_float
 from randsurgery.format.writing import write_checkpoint
 from randsurgery.jobs import runs
 from randsurgery.jobs.records import keep_base, with_provenance
 from randsurgery.jobs.sources import SourceSpec, open_source, resolve_source
-from randsurgery.surgery.heads import FixedKind, with_fixed_head
+from randsurgery.surgery.heads import FixedKind, describe_head, with_fixed_head
 from randsurgery.surgery.modules import meta_module
-from randsurgery.surgery.plans import Freeze, LayerCount, count_layers, make_plan
+from randsurgery.surgery.plans import (
+    Freeze,
+    LayerCount,
+    count_layers,
+    make_plan,
+    with_plan,
+    zero_filled,
+)
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,7 @@ class PreparedFreeze:
     checkpoint: Checkpoint
     layers: tuple[LayerCount, ...]
     output: Path
+    head: dict[str, Any] | None = None  # of a fixed classifier
 
     @property
     def learned(self) -> int:
@@ -55,7 +61,8 @@ class PreparedFreeze:
     def to_json(self) -> dict[str, Any]:
         """Plain values: ``learned``, ``total``, ``layers``."""
         layers = [asdict(row) for row in self.layers]
-        return {"learned": self.learned, "total": self.total, "layers": layers}
+        found = {"learned": self.learned, "total": self.total, "layers": layers}
+        return {**found, "head": self.head} if self.head else found
 
 
 def prepare_freeze(plan: FreezePlan) -> PreparedFreeze:
@@ -79,34 +86,8 @@ def prepare_freeze(plan: FreezePlan) -> PreparedFreeze:
         chosen = make_plan(model, plan.wish)
         layers = tuple(count_layers(model, chosen))
         made = zero_filled(made, chosen) if plan.zero else with_plan(made, chosen)
-    return PreparedFreeze(plan, made, layers, output)
-
-
-def with_plan(checkpoint: Checkpoint, plan: Plan) -> Checkpoint:
-    """The checkpoint with that plan for its member."""
-    member = checkpoint.member().model_copy(update={"plan": plan})
-    return replace(checkpoint, recipe=checkpoint.recipe.with_member(member))
-
-
-def zero_filled(checkpoint: Checkpoint, plan: Plan) -> Checkpoint:
-    """Sliced tensors become zero, and their slices start where the tensor's own source would
-    have them (Rosenfeld & Tsotsos, Section 4.2)."""
-    tensors, parts = dict(checkpoint.recipe.tensors), dict(plan.tensors)
-    for name, part in plan.tensors.items():
-        if part.part != "slice":
-            continue
-        entry = tensors[name]
-        if entry.overlays or entry.source.kind not in ("random", "base", "constant"):
-            raise UsageError(
-                f"--fill zero needs weights from a seed or a base, but {name} is "
-                f"{entry.source.kind} with {len(entry.overlays)} overlays"
-            )
-        if not isinstance(entry.source, ConstantSource):
-            parts[name] = part.model_copy(update={"start": entry.source})
-        zero = ConstantSource(value=hex_float(0.0))
-        tensors[name] = entry.model_copy(update={"source": zero, "digest": None})
-    recipe = checkpoint.recipe.model_copy(update={"tensors": tensors, "backbone_id": None})
-    return with_plan(replace(checkpoint, recipe=recipe), plan.model_copy(update={"tensors": parts}))
+        head = describe_head(made)
+    return PreparedFreeze(plan, made, layers, output, head)
 
 
 def run_freeze(job: PreparedFreeze) -> int:

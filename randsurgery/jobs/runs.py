@@ -37,7 +37,14 @@ from randsurgery.jobs.records import (
     write_settings,
 )
 from randsurgery.jobs.sources import SourceSpec, open_file, open_source, resolve_source
-from randsurgery.surgery.heads import FixedKind, head_scale, with_fixed_head, with_head
+from randsurgery.surgery.heads import (
+    FixedKind,
+    describe_head,
+    head_scale,
+    head_sentence,
+    with_fixed_head,
+    with_head,
+)
 from randsurgery.surgery.modules import build, harvest
 from randsurgery.training.data import Data
 from randsurgery.training.loop import Hooks, Record, check_settings, fit
@@ -164,6 +171,9 @@ def prepare(
     if plan.head is not None:
         seed = plan.seed if source.seed is None else source.seed
         checkpoint = with_fixed_head(checkpoint, plan.head, seed=seed, scale=plan.head_scale)
+        about = describe_head(checkpoint)
+        assert about is not None
+        notes.append(head_sentence(about))
     checkpoint = describe(checkpoint, look, dataset, train.classes, classes)
     return Prepared(plan, checkpoint, dataset, tuple(notes), train, test, settings, device, output)
 

@@ -143,9 +143,34 @@ def coherence(rows: npt.NDArray[Any]) -> float:
     """The largest |cosine| between two different rows; 0 for orthogonal ones."""
     unit = rows.astype(np.float64)
     unit /= np.linalg.norm(unit, axis=1, keepdims=True)
-    gram = np.abs(unit @ unit.T)
-    np.fill_diagonal(gram, 0.0)
-    return float(gram.max(initial=0.0))
+    largest = 0.0
+    for first in range(0, len(unit), 512):  # a block of rows at a time: there may be 20,000
+        gram = np.abs(unit[first : first + 512] @ unit.T)
+        gram[np.arange(len(gram)), first + np.arange(len(gram))] = 0.0
+        largest = max(largest, float(gram.max(initial=0.0)))
+    # below the last digits of float32, orthogonal rows differ from orthogonal by rounding alone
+    return 0.0 if largest < 1e-6 else largest
+
+
+def describe_head(checkpoint: Checkpoint) -> dict[str, Any] | None:
+    """Kind, rows, width and coherence of the fixed classifier; None without one."""
+    head = checkpoint.member().head
+    if head is None or head.kind == "linear" or checkpoint.recipe.model is None:
+        return None
+    place = _places(build_meta(checkpoint.recipe.model))[0]
+    rows = checkpoint.tensor(f"{place}.weight").array
+    return {"kind": head.kind, "rows": len(rows), "width": rows.shape[1],
+            "coherence": coherence(rows)}  # fmt: skip
+
+
+def head_sentence(about: dict[str, Any]) -> str:
+    """What ``describe_head`` found, for people."""
+    how = (
+        "orthogonal"
+        if about["coherence"] == 0
+        else f"not all orthogonal: the largest cosine between two is {about['coherence']:.3f}"
+    )
+    return f"classifier fixed: {about['rows']} {about['kind']} rows of {about['width']}, {how}"
 
 
 def check_fixed_kind(name: str) -> FixedKind:

@@ -8,7 +8,7 @@ tensors and slices, which a file keeps as its plan.
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Literal, get_args
 
@@ -16,7 +16,9 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from randsurgery.errors import IncompatibleError, UsageError
-from randsurgery.format.recipe import Learned, Plan
+from randsurgery.format.checkpoint import Checkpoint
+from randsurgery.format.recipe import ConstantSource, Learned, Plan
+from randsurgery.format.tensors import hex_float
 from randsurgery.surgery.architectures import classifier_names
 from randsurgery.surgery.heads import FixedClassifier, fixed_heads
 from randsurgery.surgery.initialisers import parse_fraction
@@ -223,3 +225,30 @@ def count_layers(model: nn.Module, plan: Plan) -> list[LayerCount]:
             learned = sum(learned_size(part, shape) for part, shape in own)
             rows.append(LayerCount(name or type(module).__name__, learned, total))
     return rows
+
+
+def with_plan(checkpoint: Checkpoint, plan: Plan) -> Checkpoint:
+    """The checkpoint with that plan for its member."""
+    member = checkpoint.member().model_copy(update={"plan": plan})
+    return replace(checkpoint, recipe=checkpoint.recipe.with_member(member))
+
+
+def zero_filled(checkpoint: Checkpoint, plan: Plan) -> Checkpoint:
+    """Sliced tensors become zero, and their slices start where the tensor's own source would
+    have them (Rosenfeld & Tsotsos, Section 4.2)."""
+    tensors, parts = dict(checkpoint.recipe.tensors), dict(plan.tensors)
+    for name, part in plan.tensors.items():
+        if part.part != "slice":
+            continue
+        entry = tensors[name]
+        if entry.overlays or entry.source.kind not in ("random", "base", "constant"):
+            raise UsageError(
+                f"--fill zero needs weights from a seed or a base, but {name} is "
+                f"{entry.source.kind} with {len(entry.overlays)} overlays"
+            )
+        if not isinstance(entry.source, ConstantSource):
+            parts[name] = part.model_copy(update={"start": entry.source})
+        zero = ConstantSource(value=hex_float(0.0))
+        tensors[name] = entry.model_copy(update={"source": zero, "digest": None})
+    recipe = checkpoint.recipe.model_copy(update={"tensors": tensors, "backbone_id": None})
+    return with_plan(replace(checkpoint, recipe=recipe), plan.model_copy(update={"tensors": parts}))

@@ -1,0 +1,281 @@
+"""``freeze`` and ``train`` on the command line, and runs that are resumed."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from surgery_helpers import same_bits, save_dense
+from typer.testing import CliRunner, Result
+
+import randsurgery as rs
+from randsurgery.cli.app import app
+from randsurgery.inspection.storage import storage
+
+SMALL = ("--width", "0.1", "--num-classes", "10")
+QUICK = ("--epochs", "1", "-b", "256")
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(a) for a in arguments])
+
+
+def succeed(*arguments: object) -> Result:
+    result = run(*arguments)
+    assert result.exit_code == 0, result.output
+    return result
+
+
+def fails(code: int, *arguments: object) -> str:
+    result = run(*arguments)
+    assert result.exit_code == code, (result.exit_code, result.output, result.exception)
+    assert result.stdout == ""
+    return result.stderr.strip().splitlines()[-1]
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def made_of(path: str) -> dict[str, str]:
+    return {row.name: row.made_of for row in storage(path).tensors}
+
+
+# --- the papers' counts ---------------------------------------------------------------------------
+
+TABLE_1 = {
+    "densenet_bc_100_12": {
+        "@norm": 23_988, "conv1": 24_636, "block1": 194_484, "block2": 258_996,
+        "block3": 291_252, "fc": 27_418,
+    },
+    "wrn_28_4": {
+        "@norm": 7_200, "conv1": 7_632, "block1": 275_488, "block2": 1_121_312,
+        "block3": 4_463_648, "fc": 9_770,
+    },
+}  # fmt: skip
+
+
+def counted(*arguments: object) -> dict[str, Any]:
+    result = succeed("freeze", *arguments, "--num-classes", 10, "--dry-run", "--json")
+    found: dict[str, Any] = json.loads(result.stdout)
+    assert found["learned"] == sum(layer["learned"] for layer in found["layers"])
+    assert found["total"] == sum(layer["total"] for layer in found["layers"])
+    return found
+
+
+@pytest.mark.parametrize(
+    ("name", "only"), [(name, only) for name, rows in TABLE_1.items() for only in rows]
+)
+def test_learned_parameters_are_those_of_table_1(here: Path, name: str, only: str) -> None:
+    assert counted(name, "--only", only)["learned"] == TABLE_1[name][only]
+    assert not list(here.iterdir())
+
+
+def test_a_tenth_of_densenets_filters_is_the_papers_90_thousand(here: Path) -> None:
+    assert counted("densenet_bc_100_12", "--fraction", "0.1")["learned"] == 90_196
+    assert counted("densenet_bc_100_12", "--only", "@head")["learned"] == 27_418
+
+
+# --- freeze ---------------------------------------------------------------------------------------
+
+
+def test_freeze_writes_a_plan_and_shows_its_table(here: Path) -> None:
+    result = succeed("freeze", "conv2", *SMALL, "--fraction", "0.5", "-o", "plan.safetensors")
+    assert re.search(r"features\.0\s+81\s+162\s+50\.0%", result.stdout)
+    assert max(len(line) for line in result.stdout.splitlines()) <= 80
+    assert "written and verified: plan.safetensors" in result.stderr
+    assert storage("plan.safetensors").bytes < 3000
+    plan = rs.read_recipe("plan.safetensors").members[0].plan
+    assert plan is not None
+    assert plan.tensors["features.0.weight"].count == 3
+    assert "digests agree" in succeed("inspect", "verify", "plan.safetensors").stdout
+    assert "exists already" in fails(6, "freeze", "conv2", *SMALL, "--fraction", "0.5", "-o",
+                                     "plan.safetensors")  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ((), "give --fraction, --count or --only"),
+        (("--fraction", "0.1"), "pass --min 1"),
+        (("--fraction", "1.5"), "fraction must lie in (0, 1]"),
+        (("--fraction", "0.5", "--count", "2"), "exclude each other"),
+        (("--fraction", "0.5", "--dim", "height"), "has no height"),
+        (("--fraction", "0.5", "--dim", "depth"), "unknown --dim"),
+        (("--only", "featurs.0"), "near: features.0"),
+        (("--only", "@head", "--head", "frozen"), "contradict"),
+        (("--only", "@head", "--norms", "none"), "--norms must be learned or frozen"),
+        (("--only", "@head", "--fill", "zero"), "--fill zero goes with"),
+        (("--count", "1", "--fill", "one"), "--fill must be own or zero"),
+        (("--count", "1", "--head", "hadamrd"), "expected orthonormal, hadamard"),
+        (("--count", "1", "--head-scale", "2"), "--head-scale goes with"),
+    ],
+)
+def test_bad_wishes_are_named_and_write_nothing(
+    here: Path, options: tuple[str, ...], words: str
+) -> None:
+    assert words in fails(2, "freeze", "conv2", *SMALL, *options)
+    assert not list(here.iterdir())
+
+
+# --- train ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fill", ["own", "zero"])
+def test_train_learns_a_plan_and_stores_its_slices(here: Path, fill: str) -> None:
+    succeed("freeze", "conv2", *SMALL, "--fraction", "0.5", "--fill", fill, "-o", "p.safetensors")
+    result = succeed("train", "p.safetensors", *QUICK, "-o", "slim.safetensors")
+    assert re.fullmatch(r"test accuracy \d+\.\d\d%", result.stdout.splitlines()[-1])
+    source = "random" if fill == "own" else "constant"
+    assert made_of("slim.safetensors")["features.0.weight"] == f"{source} + slice"
+    assert made_of("slim.safetensors")["fc.weight"] == "random + replace"
+    plain, slim = (rs.load(f"{n}.safetensors").state_dict() for n in ("p", "slim"))
+    assert same_bits(plain["features.2.weight"][3:], slim["features.2.weight"][3:])
+    assert bool((slim["features.2.weight"][:3] != plain["features.2.weight"][:3]).any())
+    again = succeed("train", "slim.safetensors", *QUICK, "-o", "more.safetensors")
+    assert "no dataset given" not in again.stderr
+    assert made_of("more.safetensors") == made_of("slim.safetensors")
+
+
+def test_train_without_a_plan_is_the_dense_baseline(here: Path) -> None:
+    succeed("train", "conv2", "--width", "0.1", *QUICK, "-o", "dense.safetensors")
+    assert set(made_of("dense.safetensors").values()) == {"random + replace"}
+    facts = json.loads(succeed("train", "conv2", "--width", "0.1", "--dry-run", "--json").stdout)
+    assert facts["learned"] == facts["total"]
+
+
+def test_train_on_a_popup_file_learns_the_survivors(here: Path) -> None:
+    succeed("popup", "conv2", "--width", "0.1", "--k", "0.3", *QUICK, "-o", "m.safetensors")
+    succeed("train", "m.safetensors", *QUICK, "-o", "ticket.safetensors")
+    assert made_of("ticket.safetensors")["fc1.weight"] == "constant + scatter"
+    masked, ticket = (rs.load(f"{n}.safetensors").state_dict() for n in ("m", "ticket"))
+    alive = masked["fc1.weight"] != 0
+    assert bool((ticket["fc1.weight"][~alive] == 0).all())
+    assert bool((ticket["fc1.weight"][alive] != masked["fc1.weight"][alive]).any())
+    succeed("train", "ticket.safetensors", *QUICK, "-o", "again.safetensors")
+    assert bool((rs.load("again.safetensors").state_dict()["fc1.weight"][~alive] == 0).all())
+
+
+def test_freeze_and_train_on_dense_weights_refer_to_their_base(here: Path) -> None:
+    start = rs.make_recipe("conv2", "kaiming-normal", args={"width": 0.1, "num_classes": 10})
+    save_dense(Path("dense.safetensors"), rs.build(start).state_dict())
+    succeed("freeze", "conv2", "--checkpoint", "dense.safetensors", *SMALL, "--only", "@head", "-o",
+            "p.safetensors")  # fmt: skip
+    succeed("train", "p.safetensors", *QUICK, "-o", "t.safetensors")
+    found = made_of("t.safetensors")
+    assert found.pop("fc.weight") == "base + replace"
+    assert set(found.values()) == {"base"}
+
+
+def test_the_fixed_heads_scale_is_in_the_records_and_the_plot(here: Path) -> None:
+    succeed("train", "conv2", "--width", "0.1", "--head", "hadamard", "--epochs", 2, "-b", 256,
+            "-o", "h.safetensors", "--plot", "curves.svg")  # fmt: skip
+    scales = [json.loads(line)["head_scale"] for line in
+              Path("h.metrics.jsonl").read_text().splitlines()]  # fmt: skip
+    assert len(set(scales)) == 2
+    assert "head scale" in re.sub(r"<!--|-->", "", Path("curves.svg").read_text())
+    assert made_of("h.safetensors")["fc.weight"] == "hadamard"
+    assert "accuracy" in succeed("eval", "h.safetensors").stdout
+    assert "must end in" in fails(2, "train", "conv2", "--width", "0.1", "--plot", "curves.txt")
+
+
+def test_settings_beside_the_output_repeat_the_run(here: Path) -> None:
+    succeed("popup", "conv2", "--width", "0.1", *QUICK, "--lr", "0.02", "--seed", 5, "--init",
+            "kaiming-normal", "-o", "a.safetensors")  # fmt: skip
+    settings = yaml.safe_load(Path("a.settings.yaml").read_text())
+    assert settings["lr"] == 0.02
+    succeed("popup", "conv2", "--width", "0.1", "-c", "a.settings.yaml", "-o", "b.safetensors")
+    assert Path("a.safetensors").read_bytes() == Path("b.safetensors").read_bytes()
+
+
+# --- resume ---------------------------------------------------------------------------------------
+
+RUN = ("popup", "conv2", "--width", "0.1", "--epochs", "3", "-b", "128", "--learn", "@head")
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def killed_run(output: str, *more: str) -> None:
+    """Start a run and kill it once it has written a state within an epoch."""
+    command = [sys.executable, "-m", "randsurgery", *RUN, "-o", output, "--state-every", "3", *more]
+    state = Path(output).with_suffix(".state.safetensors")
+    process = subprocess.Popen(command, env=environment(), stderr=subprocess.DEVNULL)
+    limit = time.monotonic() + 60
+    while not state.exists() and process.poll() is None and time.monotonic() < limit:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert state.exists()
+    assert not Path(output).exists()
+
+
+def program(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "randsurgery", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=120)
+
+
+def test_a_killed_run_resumed_ends_with_the_same_bytes(here: Path) -> None:
+    assert program(*RUN, "-o", "whole.safetensors").returncode == 0
+    killed_run("cut.safetensors")
+    resumed = program(*RUN, "-o", "cut.safetensors", "--state-every", "3", "--resume", "auto")
+    assert resumed.returncode == 0, resumed.stderr
+    assert Path("cut.safetensors").read_bytes() == Path("whole.safetensors").read_bytes()
+    assert not Path("cut.state.safetensors").exists()
+    lines = [json.loads(line) for line in Path("cut.metrics.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == [1, 2, 3]
+
+
+def test_a_state_of_another_run_is_refused(here: Path) -> None:
+    killed_run("cut.safetensors")
+    made = program(*RUN, "-o", "cut.safetensors", "--lr", "0.01", "--resume", "auto")
+    assert made.returncode == 4
+    assert "its lr is 0.05, here it is 0.01" in made.stderr
+    other = program(*RUN, "-o", "new.safetensors", "--resume", "nowhere.safetensors")
+    assert other.returncode == 2
+    assert "no such file" in other.stderr
+
+
+def test_a_diverged_run_keeps_its_last_good_state(here: Path) -> None:
+    made = program("train", "conv2", "--width", "0.1", "--lr", "1e30", "--epochs", "2", "-b", "128",
+                   "--state-every", "1", "-o", "nan.safetensors")  # fmt: skip
+    assert made.returncode == 7
+    assert "--resume nan.state.safetensors" in made.stderr
+    assert sorted(path.name for path in here.iterdir()) == ["nan.state.safetensors"]
+
+
+def test_auto_starts_afresh_where_there_is_no_state(here: Path) -> None:
+    succeed(*RUN[:4], *QUICK, "--resume", "auto", "-o", "a.safetensors")
+    assert Path("a.safetensors").exists()
+
+
+def test_tensorboard_gets_every_figure(here: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    succeed(*RUN[:4], *QUICK, "--log-to", "tensorboard", "-o", "a.safetensors")
+    events = EventAccumulator("a.tensorboard")
+    events.Reload()
+    record = json.loads(Path("a.metrics.jsonl").read_text())
+    assert set(events.Tags()["scalars"]) == set(record) - {"epoch", "step"}
+    assert events.Scalars("test_accuracy")[0].value == pytest.approx(record["test_accuracy"])
+
+
+def test_tensorboard_is_named_where_it_is_missing(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    words = fails(2, *RUN[:4], *QUICK, "--log-to", "tensorboard", "-o", "a.safetensors")
+    assert "pip install tensorboard" in words
+    assert "expected tensorboard" in fails(2, *RUN[:4], "--log-to", "wandb")
