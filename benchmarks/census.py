@@ -29,15 +29,8 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
 from benchmarks.timing import note, parser_for, report
-from randsurgery.format.recipe import (
-    ConstantSource,
-    Entry,
-    Member,
-    Recipe,
-    Source,
-    StoredSource,
-    check_tensor_name,
-)
+from randsurgery.format.fields import check_tensor_name
+from randsurgery.format.recipe import ConstantSource, Entry, Member, Recipe, Source, StoredSource
 from randsurgery.format.tensors import hex_float
 from randsurgery.surgery.architectures import build_meta, hidden_names, spec_of
 from randsurgery.surgery.recipes import head_of, planned_source

@@ -15,6 +15,8 @@ from typing import Any
 import format_helpers as slow
 import numpy as np
 import pytest
+import torch
+from surgery_helpers import conv2
 from test_checkpoint import (
     Builder,
     Json,
@@ -35,6 +37,7 @@ from test_checkpoint import (
     write_raw,
 )
 
+import randsurgery as rs
 from randsurgery.errors import FileFormatError, IncompatibleError
 from randsurgery.format.checkpoint import (
     Memory,
@@ -297,6 +300,46 @@ def test_a_mask_that_is_not_what_it_says(tmp_path: Path, fault: str) -> None:
     overlay["digest"] = b.put("shared", "w", "0.mask", raw)
     tensors = {"w": entry("F32", (300,), random_source("sign", 1.0), overlay)}
     assert_both_refuse(write_raw(tmp_path / "x.safetensors", tiny(tensors=tensors), b.payloads))
+
+
+# --- plans and heads -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["linear", "orthonormal", "hadamard"])
+@pytest.mark.parametrize("zero", [False, True])
+def test_learned_plans_and_fixed_heads(tmp_path: Path, kind: Any, zero: bool) -> None:
+    start = conv2()
+    if kind != "linear":
+        start = rs.fix_head(start, kind)
+    start = rs.freeze(start, rs.Freeze(fraction="0.5"), zero=zero)
+    model = rs.attach(rs.build(start), start)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.normal_()
+    rs.save(tmp_path / "plan.safetensors", start)
+    rs.save(tmp_path / "learned.safetensors", start, model)
+    for name in ("plan", "learned"):
+        assert_same(tmp_path / f"{name}.safetensors")
+
+
+def test_plans_that_do_not_fit_their_tensors(tmp_path: Path) -> None:
+    b = Builder()
+    tensors = {"w": entry("F32", (3, 4), random_source("sign", 1.0))}
+    for part in (
+        {"part": "slice", "dim": 2, "count": 1},
+        {"part": "slice", "dim": 0, "count": 4},
+        {"part": "slice", "dim": 0},
+        {"dim": 0, "count": 1},
+        {"part": "some"},
+        {"start": {"kind": "random", "distribution": "sign", "seed": 0, "scale": (1.0).hex()}},
+    ):
+        recipe = tiny(tensors=tensors, members=[{"plan": {"tensors": {"w": part}}}])
+        with pytest.raises(FileFormatError):
+            read_checkpoint(write_raw(tmp_path / "x.safetensors", recipe, b.payloads))
+    recipe = tiny(tensors=tensors, members=[{"plan": {"tensors": {"v": {}}}}])
+    with pytest.raises(FileFormatError, match="plans to learn no tensor"):
+        read_checkpoint(write_raw(tmp_path / "x.safetensors", recipe, b.payloads))
 
 
 # --- the document and the file -------------------------------------------------------------------

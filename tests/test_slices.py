@@ -202,6 +202,11 @@ def test_a_network_moved_after_attach_still_learns_its_slice() -> None:
     model(x)
     assert bool((model.conv1.weight[:4] == 3).all())
     assert not bool((model.conv1.weight[4:] == 3).any())
+    model.double().float()
+    with torch.inference_mode():
+        model(x)
+    model(x).sum().backward()
+    assert model.conv1.learned_weight.grad is not None  # type: ignore[union-attr]
     again = copy.deepcopy(model)
     assert same_bits(again(x).detach(), model(x).detach())
     with torch.no_grad():

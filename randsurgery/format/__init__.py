@@ -9,6 +9,7 @@ Modules import only those above them in this list:
     tensors      dtypes, raw tensors, rounding to 16 bits
     masks        packed bit masks and their two encodings
     hadamard     the hadamard source
+    fields       what fields of the schema may hold
     recipe       the schema: sources, overlays, entries, members
     container    safetensors headers and payloads, read strictly and written atomically
     rebuild      recipe + payloads -> finished tensors

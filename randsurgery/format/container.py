@@ -24,7 +24,7 @@ import numpy.typing as npt
 
 from randsurgery.errors import FileFormatError, OutputError
 from randsurgery.format.canonical import strict_json
-from randsurgery.format.recipe import MAX_PAYLOAD_NAME, check_tensor_name
+from randsurgery.format.fields import MAX_PAYLOAD_NAME, check_tensor_name
 from randsurgery.format.tensors import DTYPES, STORAGE, RawTensor, byte_count, claimed_bytes
 
 MAX_HEADER = 100_000_000  # the safetensors library's own limit, in bytes

@@ -16,10 +16,10 @@ import numpy.typing as npt
 from randsurgery.errors import FileFormatError, IncompatibleError
 from randsurgery.format import masks
 from randsurgery.format.canonical import digest
+from randsurgery.format.fields import SHARED
 from randsurgery.format.generator import expand_signs, generate
 from randsurgery.format.hadamard import hadamard_rows
 from randsurgery.format.recipe import (
-    SHARED,
     BaseSource,
     ConstantSource,
     Entry,

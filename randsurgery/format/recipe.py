@@ -12,13 +12,11 @@ Payload bytes live in safetensors tensors whose names follow from the place that
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from pydantic import (
-    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -27,56 +25,23 @@ from pydantic import (
     model_validator,
 )
 
+from randsurgery.format.fields import (
+    SHARED,
+    Count,
+    Digest,
+    HexFloat,
+    MemberName,
+    Seed,
+    Shape,
+    TensorName,
+    Text,
+)
 from randsurgery.format.generator import Distribution
 from randsurgery.format.masks import Encoding
 from randsurgery.format.tensors import DType, element_count
 
 FORMAT = "randsurgery"
 VERSION = 0
-SHARED = "shared"
-
-
-def _checked_hex(text: str) -> str:
-    try:
-        value = float.fromhex(text)
-    except (ValueError, OverflowError):
-        value = math.nan
-    if not math.isfinite(value) or value.hex() != text:
-        raise ValueError(f"{text[:60]!r} is not a canonical finite hexadecimal float")
-    return text
-
-
-MAX_NAME = 400
-MAX_PAYLOAD_NAME = 500  # MEMBER/TENSOR/SLOT: 64 + 1 + 400 + 1 + at most 20
-
-
-def check_tensor_name(name: str, *, limit: int = MAX_NAME) -> str:
-    """A name that can be printed and can never be taken for a path. Raises ValueError."""
-    if not 1 <= len(name) <= limit or not name.isprintable() or not name.isascii():
-        raise ValueError(
-            f"{name[:60]!r} is not a tensor name: 1 to {limit} printable ASCII characters"
-        )
-    if name == "__metadata__" or name.startswith("/") or ".." in name or "\\" in name:
-        raise ValueError(f"{name[:60]!r} is not a tensor name: no '..', '\\', leading '/'")
-    return name
-
-
-def _checked_member_name(name: str) -> str:
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name) or name == SHARED or ".." in name:
-        raise ValueError(
-            f"{name!r} is not a member name: letters, digits, '.', '_', '-', not 'shared'"
-        )
-    return name
-
-
-HexFloat = Annotated[str, AfterValidator(_checked_hex)]
-TensorName = Annotated[str, AfterValidator(check_tensor_name)]
-MemberName = Annotated[str, AfterValidator(_checked_member_name)]
-Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
-Seed = Annotated[int, Field(ge=0, lt=2**63)]
-Count = Annotated[int, Field(ge=0, lt=2**48)]
-Shape = Annotated[tuple[Count, ...], Field(max_length=16)]
-Text = Annotated[str, Field(max_length=1000)]
 
 
 class Model(BaseModel):

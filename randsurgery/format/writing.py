@@ -21,6 +21,7 @@ from randsurgery.format.checkpoint import (
     payload_names,
 )
 from randsurgery.format.container import Container, check_output, pack, write_atomically
+from randsurgery.format.fields import SHARED
 from randsurgery.format.rebuild import (
     Payloads,
     payload_name,
@@ -29,7 +30,6 @@ from randsurgery.format.rebuild import (
     split_payload_name,
 )
 from randsurgery.format.recipe import (
-    SHARED,
     BaseSource,
     Entry,
     MaskOverlay,

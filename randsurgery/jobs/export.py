@@ -116,8 +116,15 @@ def run(plan: Export) -> int:
 
 
 def self_contained(checkpoint: Checkpoint) -> Checkpoint:
-    """The same file with the base's tensors stored in it."""
+    """The same file with the base's tensors stored in it. Raises IncompatibleError if a plan is yet
+    to start from the base."""
     recipe = checkpoint.recipe
+    for member in recipe.members:
+        for name, part in (member.plan.tensors if member.plan else {}).items():
+            if isinstance(part.start, BaseSource):
+                raise IncompatibleError(
+                    f"the plan starts {name} from its base; train it first, then embed the base"
+                )
     payloads = Memory({n: checkpoint.payloads.read(n) for n in payload_names(recipe)})
 
     def embedded(owner: str, name: str, entry: Any) -> Any:

@@ -15,15 +15,9 @@ from randsurgery.format.checkpoint import (
     step_payloads,
 )
 from randsurgery.format.container import Container
+from randsurgery.format.fields import SHARED
 from randsurgery.format.rebuild import check_affordable, needed_steps, payload_name, sentence
-from randsurgery.format.recipe import (
-    SHARED,
-    Entry,
-    Member,
-    Recipe,
-    SignsSource,
-    StoredSource,
-)
+from randsurgery.format.recipe import Entry, Member, Recipe, SignsSource, StoredSource
 from randsurgery.jobs.hub import (
     PREFIX,
     architecture_of,
@@ -168,7 +162,7 @@ def flatten(checkpoint: Checkpoint, member: str | None = None) -> Checkpoint:
         entries[name] = Entry(
             dtype=entry.dtype, shape=entry.shape, source=entry.source, overlays=overlays
         )
-    fresh = Member(head=who.head, classes=who.classes, dataset=who.dataset, plan=who.plan)
+    fresh = Member(head=who.head, classes=who.classes, dataset=who.dataset)
     recipe = checkpoint.recipe.model_copy(
         update={"tensors": entries, "members": (fresh,), "backbone_id": None}
     )

@@ -23,10 +23,10 @@ from torch.nn import functional as F
 from randsurgery.errors import IncompatibleError, UsageError
 from randsurgery.format.canonical import digest
 from randsurgery.format.checkpoint import Checkpoint, Memory, payload_names
+from randsurgery.format.fields import SHARED
 from randsurgery.format.generator import generate
 from randsurgery.format.rebuild import payload_name, split_payload_name
 from randsurgery.format.recipe import (
-    SHARED,
     ConstantSource,
     Entry,
     HadamardSource,

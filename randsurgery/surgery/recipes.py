@@ -12,9 +12,9 @@ from randsurgery.errors import IncompatibleError, near
 from randsurgery.format.canonical import digest
 from randsurgery.format.checkpoint import Checkpoint, Memory
 from randsurgery.format.container import Container
+from randsurgery.format.fields import SHARED
 from randsurgery.format.rebuild import payload_name
 from randsurgery.format.recipe import (
-    SHARED,
     BaseRef,
     BaseSource,
     ConstantSource,

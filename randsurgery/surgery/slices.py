@@ -122,8 +122,10 @@ def _tie(whole: torch.Tensor, learned: nn.Parameter, dim: int) -> None:
     after something has moved one of them (``module.to``)."""
     part = whole.detach().narrow(dim, 0, learned.shape[dim])
     if (part.data_ptr(), part.stride()) != (learned.data_ptr(), learned.stride()):
-        part.copy_(learned.detach())
-        learned.data = part
+        with torch.inference_mode(False):  # or an evaluation would leave nothing to learn
+            part = whole.detach().narrow(dim, 0, learned.shape[dim])
+            part.copy_(learned.detach())
+            learned.data = part
 
 
 class _Sliced(nn.Module):

@@ -340,14 +340,11 @@ def _resize(image: Any, look: InputSpec) -> Any:
     """A PIL image at the wanted size and number of channels, as (H, W, C) bytes."""
     from PIL import Image
 
-    filters = {
-        "nearest": Image.Resampling.NEAREST,
-        "bilinear": Image.Resampling.BILINEAR,
-        "bicubic": Image.Resampling.BICUBIC,
-    }
     image = image.convert("L" if look.channels == 1 else "RGB")
     if image.size != (look.size[1], look.size[0]):
-        image = image.resize((look.size[1], look.size[0]), filters[look.interpolation])
+        image = image.resize(
+            (look.size[1], look.size[0]), Image.Resampling[look.interpolation.upper()]
+        )
     array = np.asarray(image)
     return array[:, :, None] if array.ndim == 2 else array
 
