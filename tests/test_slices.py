@@ -40,7 +40,9 @@ class Net(nn.Module):
         super().__init__()
         self.conv1 = nn.Conv2d(3, 8, 3, padding=1)
         self.norm = nn.BatchNorm2d(8)
-        self.grouped = nn.Conv2d(8, 8, 3, groups=2, stride=2)
+        self.point = nn.Conv2d(8, 8, 1)
+        self.stepped = nn.Conv2d(8, 8, 1, stride=(2, 1), bias=False)
+        self.grouped = nn.Conv2d(8, 8, 3, groups=2, stride=(1, 2), padding=1)
         self.same = nn.Conv2d(8, 6, 3, padding="same")
         self.mirrored = nn.Conv2d(6, 6, 3, padding=1, padding_mode="reflect")
         self.dilated = nn.Conv2d(6, 10, (3, 1), dilation=(2, 1), bias=False)
@@ -48,7 +50,7 @@ class Net(nn.Module):
         self.fc = nn.Linear(12, 5)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.norm(self.conv1(x)).tanh()
+        x = self.stepped(self.point(self.norm(self.conv1(x)).tanh()).tanh())
         x = self.mirrored(self.same(self.grouped(x).tanh()).tanh()).tanh()
         x = self.dilated(x).mean((2, 3)).tanh()
         out: torch.Tensor = self.fc(self.hidden(x).tanh())

@@ -60,25 +60,57 @@ class _ConvSlice(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        stride, padding, dilation = ctx.where
-        rest = (None, stride, padding, dilation, False, (0, 0), 1)
-
-        def of(g: torch.Tensor, x: torch.Tensor, w: torch.Tensor, which: list[bool]) -> Any:
-            return torch.ops.aten.convolution_backward(g, x, w, *rest, which)
-
+        where, shape = ctx.where, x.shape
+        stepped = weight.shape[2:] == (1, 1) and where[1] == (0, 0) and where[0] != (1, 1)
+        if stepped:  # a pointwise convolution sees only these pixels; libraries are slow to see it
+            stride, where = where[0], ((1, 1), (0, 0), (1, 1))
+            x = x[:, :, :: stride[0], :: stride[1]]
         n = ctx.count
         for_x = for_slice = for_bias = None
         if ctx.needs_input_grad[0]:
-            for_x = of(gradient, x, weight, [True, False, False])[0]
+            for_x = _conv_backward(gradient, x, weight, where, of_weight=False)
+            if stepped:
+                seen, for_x = for_x, gradient.new_zeros(shape)
+                for_x[:, :, :: stride[0], :: stride[1]] = seen
         if ctx.needs_input_grad[1]:
             if ctx.dim == 0:
                 parts = gradient.narrow(1, 0, n), x, weight.narrow(0, 0, n)
             else:
                 parts = gradient, x.narrow(1, 0, n), weight.narrow(1, 0, n)
-            for_slice = of(*parts, [False, True, False])[1].to(ctx.dtypes[0])
+            for_slice = _weight_gradient(*parts, where).to(ctx.dtypes[0])
         if ctx.needs_input_grad[2]:
             for_bias = gradient.narrow(1, 0, ctx.bias_count).sum((0, 2, 3)).to(ctx.dtypes[1])
         return for_x, for_slice, for_bias, None, None, None
+
+
+def _conv_backward(
+    gradient: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, where: Any, *, of_weight: bool
+) -> torch.Tensor:
+    """The gradient of the weight, or of the input, of a convolution."""
+    stride, padding, dilation = where
+    which = [not of_weight, of_weight, False]
+    found: torch.Tensor = torch.ops.aten.convolution_backward(
+        gradient, x, weight, None, stride, padding, dilation, False, (0, 0), 1, which
+    )[int(of_weight)]
+    return found
+
+
+FEW_PIXELS = 32
+"""Below, a matrix product an image costs more than the library's convolution."""
+
+
+def _weight_gradient(
+    gradient: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, where: Any
+) -> torch.Tensor:
+    """The weight's gradient. That of a pointwise convolution is one matrix product an image, which
+    for a few rows takes half the time of a convolution's backward pass."""
+    pointwise = weight.shape[2:] == (1, 1) and where[:2] == ((1, 1), (0, 0))
+    plain = gradient.dtype in (torch.float32, torch.float64) and gradient.device.type == "cpu"
+    laid_out = not x.is_contiguous(memory_format=torch.channels_last) or x.is_contiguous()
+    if not (pointwise and plain and laid_out and gradient.shape[2:].numel() >= FEW_PIXELS):
+        return _conv_backward(gradient, x, weight, where, of_weight=True)
+    product = gradient.flatten(2) @ x.flatten(2).transpose(1, 2)
+    return product.sum(0).view(weight.shape)
 
 
 class _LinearSlice(torch.autograd.Function):
