@@ -17,7 +17,6 @@ from torch.nn.utils import parametrizations
 from randsurgery.errors import DivergedError, IncompatibleError, UsageError
 from randsurgery.format.generator import generate
 from randsurgery.surgery import popup
-from randsurgery.surgery.memory import Reused
 from randsurgery.surgery.popup import Popup, attach, attached, harvest
 from randsurgery.surgery.roles import select_modules
 
@@ -118,52 +117,8 @@ def test_the_blockwise_gradient_equals_the_formula(shape: tuple[int, ...]) -> No
     if len(shape) == 4:
         gradient = gradient.contiguous(memory_format=torch.channels_last)
         weight = weight.contiguous(memory_format=torch.channels_last)
-    found = popup.score_gradient(gradient, weight, scores, Reused())
+    found = popup.score_gradient(gradient, weight, scores)
     assert torch.equal(found, gradient * weight * scores.sign())
-
-
-def test_memory_is_taken_again_once_nobody_holds_it() -> None:
-    room = Reused()
-    first = room.take(100)
-    assert first.data_ptr() % 64 == 0
-    where = first.data_ptr()
-    second = room.take(100)
-    assert second.data_ptr() != where  # the first is held
-    where = second.data_ptr()
-    view = second.view(10, 10)[2:].t()
-    del second
-    third = room.take(100)
-    assert third.data_ptr() != where  # a view holds it, too
-    where = third.data_ptr()
-    del third
-    assert room.take(100).data_ptr() == where
-    assert room.take(50).numel() == 50
-    assert view.shape == (10, 8)
-    assert copy.deepcopy(room)._array is None
-
-
-def test_a_result_that_autograd_holds_is_not_overwritten() -> None:
-    model = attach(nn.Linear(40, 30, bias=False), Popup(k="0.5"))
-    x = torch.randn(3, 40, requires_grad=True)
-    first = model(x).square().sum()
-    expected = torch.autograd.grad(first, x, retain_graph=True)[0].clone()
-    with torch.no_grad():
-        attached(model)["weight"].scores.neg_().add_(torch.randn(30, 40))
-    second = model(x).square().sum()  # another mask, in other memory
-    assert not same_bits(torch.autograd.grad(second, x, retain_graph=True)[0], expected)
-    assert same_bits(torch.autograd.grad(first, x)[0], expected)
-
-
-def test_gradients_are_not_overwritten_by_later_ones() -> None:
-    model = attach(nn.Linear(40, 30, bias=False), Popup(k="0.5"))
-    scores = attached(model)["weight"].scores
-    kept = []
-    for turn in range(4):
-        scores.grad = None
-        model(torch.full((1, 40), float(turn + 1))).sum().backward()
-        assert scores.grad is not None
-        kept.append((scores.grad, scores.grad.clone()))
-    assert all(same_bits(found, copied) for found, copied in kept)
 
 
 def test_two_forwards_and_two_backwards_add_up() -> None:

@@ -3,7 +3,6 @@
 Modules import only those above them in this list:
 
 tensors        torch tensors <-> raw tensors of the format
-memory         memory that is taken again
 randomness     torch's own generators, borrowed and given back
 networks       the CIFAR networks of partial training, and LeNet-300-100, as modules
 zoo            the papers' architectures, entered in timm's registry

@@ -20,7 +20,6 @@ from randsurgery.format.masks import Mask, popcount
 from randsurgery.format.tensors import f32
 from randsurgery.surgery.heads import fixed_heads
 from randsurgery.surgery.initialisers import check_seed, kept_count, parse_fraction
-from randsurgery.surgery.memory import Reused
 from randsurgery.surgery.roles import (
     STANDARDISED,
     masked_weights,
@@ -83,26 +82,25 @@ class _StraightThrough(torch.autograd.Function):
         ctx: Any, scores: torch.Tensor, weight: torch.Tensor, layer: PopupScores
     ) -> torch.Tensor:
         # kept as attributes, not as saved tensors: one masked weight may serve several backwards
-        ctx.scores, ctx.weight, ctx.room = scores, weight, layer.room
+        ctx.scores, ctx.weight = scores, weight
         return select(scores, weight, layer.zeroed, layer.bracket, layer.tensor_name)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        return score_gradient(gradient, ctx.weight, ctx.scores, ctx.room), None, None
+        return score_gradient(gradient, ctx.weight, ctx.scores), None, None
 
 
 BLOCK = 1 << 17
 
 
 def score_gradient(
-    gradient: torch.Tensor, weight: torch.Tensor, scores: torch.Tensor, room: Reused
+    gradient: torch.Tensor, weight: torch.Tensor, scores: torch.Tensor
 ) -> torch.Tensor:
-    """gradient * weight * sign(score), elementwise and of one shape (Ramanujan et al., Eq. 5);
-    ``room`` is where the result may lie."""
-    if gradient.device.type != "cpu" or scores.dtype != torch.float32:
+    """gradient * weight * sign(score), elementwise and of one shape (Ramanujan et al., Eq. 5)."""
+    if gradient.device.type != "cpu":
         return gradient * weight * scores.sign()
     # block by block, so that the signs never leave the cache
-    out = room.take(scores.numel()).view(scores.shape)
+    out = torch.empty_like(scores, memory_format=torch.contiguous_format)
     flat, g = out.view(-1), gradient.contiguous().view(-1)
     w, s = weight.contiguous().view(-1), scores.contiguous().view(-1)
     signs = torch.empty(min(BLOCK, s.numel()), dtype=scores.dtype)
@@ -128,7 +126,6 @@ class PopupScores(nn.Module):
         self.zeroed = zeroed
         self.scores = nn.Parameter(scores)
         self.bracket = Bracket()
-        self.room = Reused()  # for the gradient
         self._cache: tuple[Any, torch.Tensor] | None = None
 
     def forward(self, weight: torch.Tensor) -> torch.Tensor:

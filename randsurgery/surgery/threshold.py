@@ -14,14 +14,13 @@ threshold is found by partition. Every path gives the same set.
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from randsurgery.errors import DivergedError
-from randsurgery.surgery.memory import Reused
 
 Bools = npt.NDArray[np.bool_]
 
@@ -41,7 +40,6 @@ class Bracket:
 
     threshold: int = -1  # bits of the magnitude; -1: never seen
     margin: int = 1 << 15
-    room: Reused = field(default_factory=Reused, repr=False, compare=False)  # for what is selected
 
     def moved_to(self, threshold: int, inside: int, size: int) -> None:
         """Remember the threshold, and a margin of some times its last move."""
@@ -75,9 +73,9 @@ def select(
         return _select_by_sorting(scores, weight, zeroed, name)
     flat = scores.contiguous().view(-1).view(torch.int32)
     source = weight.contiguous().view(-1).view(torch.int32)
-    out = bracket.room.take(flat.numel())
-    _select_in_bracket(flat, source, out.view(torch.int32), zeroed, bracket, name)
-    return out.view(weight.shape)
+    out = torch.empty_like(source)
+    _select_in_bracket(flat, source, out, zeroed, bracket, name)
+    return out.view(torch.float32).view(weight.shape)
 
 
 def _select_in_bracket(
