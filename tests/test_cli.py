@@ -381,6 +381,10 @@ def test_export_of_a_timm_folder_loads_with_labels_and_preprocessing(here: Path)
     config = json.loads((here / "out" / "config.json").read_text())
     assert config["label_names"] == ["ant", "bee", "[red]cat", "dog"]
     assert config["num_classes"] == 4
+    theirs = timm.get_pretrained_cfg("test_resnet")
+    assert theirs.tag  # what timm says of its own weights is not said of these
+    assert not {"tag", "license", "origin_url"} & set(config["pretrained_cfg"])
+    assert (here / "out").stat().st_mode & 0o077 == here.stat().st_mode & 0o077 or os.name == "nt"
     assert sorted(p.name for p in here.iterdir()) == ["net.safetensors", "out"]
     fails(6, "export", "net.safetensors", "--format", "timm", "-o", "out")
     succeed("export", "net.safetensors", "--format", "timm", "-o", "out", "--force")

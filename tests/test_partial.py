@@ -238,6 +238,18 @@ def test_a_killed_run_resumed_ends_with_the_same_bytes(here: Path) -> None:
     assert [line["epoch"] for line in lines] == [1, 2, 3]
 
 
+def test_a_run_stopped_after_its_result_was_written_can_be_resumed(here: Path) -> None:
+    killed_run("cut.safetensors")
+    state = Path("cut.state.safetensors").read_bytes()
+    resume = ("-o", "cut.safetensors", "--state-every", "3", "--resume", "auto")
+    assert program(*RUN, *resume).returncode == 0
+    result = Path("cut.safetensors").read_bytes()
+    Path("cut.state.safetensors").write_bytes(state)  # as if it had not come to tidying up
+    assert program(*RUN, *resume).returncode == 0
+    assert Path("cut.safetensors").read_bytes() == result
+    assert program(*RUN, *resume).returncode == 6
+
+
 def test_a_state_of_another_run_is_refused(here: Path) -> None:
     killed_run("cut.safetensors")
     made = program(*RUN, "-o", "cut.safetensors", "--lr", "0.01", "--resume", "auto")

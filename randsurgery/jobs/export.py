@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
+import os
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from randsurgery.errors import IncompatibleError, OutputError, UsageError
+from randsurgery.errors import FileFormatError, IncompatibleError, OutputError, UsageError
 from randsurgery.format.canonical import digest
 from randsurgery.format.checkpoint import (
     Checkpoint,
     Memory,
     payload_names,
 )
-from randsurgery.format.container import check_output, pack, write_atomically
+from randsurgery.format.container import Container, check_output, pack, write_atomically
 from randsurgery.format.rebuild import payload_name
 from randsurgery.format.recipe import BaseSource, Member, MemberTensor, Recipe, StoredSource
 from randsurgery.format.writing import write_checkpoint
@@ -109,7 +109,14 @@ def run(plan: Export) -> int:
     """Write the export; returns its bytes. Raises OutputError."""
     if plan.kind == "dense":
         tensors = plan.checkpoint.tensors(plan.member.name)
-        return write_atomically(plan.target, pack(tensors, {"format": "pt"}))
+
+        def verify(written: Path) -> None:
+            with Container(written) as again:
+                for name, raw in tensors.items():
+                    if not again.read(name).same_bits(raw):
+                        raise FileFormatError(f"{written}: {name} read back differs")
+
+        return write_atomically(plan.target, pack(tensors, {"format": "pt"}), verify)
     if plan.kind == "self-contained":
         return write_checkpoint(plan.target, self_contained(plan.checkpoint), force=plan.force)
     return _timm_folder(plan)
@@ -166,12 +173,27 @@ def _timm_folder(plan: Export) -> int:
                 data_config=_data_config(plan.checkpoint.recipe),
                 safe_serialization=True,
             )
-            target.mkdir(exist_ok=True)
-            for made in sorted(Path(folder).iterdir()):
-                shutil.move(made, target / made.name)
+            _move_whole(Path(folder), target)
     except OSError as error:
         raise OutputError(f"{target}: cannot be written ({error.strerror or error})") from None
     return sum(part.stat().st_size for part in target.iterdir())
+
+
+def _move_whole(folder: Path, target: Path) -> None:
+    """The folder in the place of a missing or empty one; its files, one by one, in a full one."""
+    folder.chmod(0o777 & ~_umask())
+    if not target.exists() or not any(target.iterdir()):
+        folder.replace(target)
+        folder.mkdir()  # for whoever cleans up
+        return
+    for made in sorted(folder.iterdir()):
+        made.replace(target / made.name)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 _OF_THEIRS = ("tag", "license", "origin_url", "paper_name", "paper_ids", "notes")

@@ -148,7 +148,11 @@ def prepare(
     dataset, fell_back = resolve_dataset(
         plan.data.dataset, plan.data.data_dir, member.dataset if member else None
     )
-    output = _outputs(plan, plan.output or _default_output(plan, dataset, label))
+    name = Path(plan.output or _default_output(plan, dataset, label))
+    if plan.resume is not None and state_path(name).is_file():
+        # this run was let write there when it began; it may have been stopped after it had
+        plan = replace(plan, force=True)
+    output = _outputs(plan, name)
     device = pick_device(plan.device)
     settings = defaults(defaults_for(dataset.name)).updated(**{"seed": plan.seed, **plan.overrides})
     check_settings(settings)
@@ -189,7 +193,7 @@ def _classes(given: int | None, dataset: DatasetSpec, train: Data) -> int:
     return classes
 
 
-def _outputs(plan: RunPlan, name: str) -> Path:
+def _outputs(plan: RunPlan, name: Path) -> Path:
     """The output's path; it and all that is written beside it are checked."""
     output = check_output(name, force=plan.force)
     for beside in (metrics_path(output), settings_path(output)):
