@@ -41,13 +41,16 @@ def trial(folder: Path, kind: str, name: str, whole_seconds: float, draw: random
     kills = 0
     while True:
         process = start(folder, kind, name)
-        wait = draw.uniform(0.35, 1.05) * whole_seconds if kills < 3 else 600
+        wait = draw.uniform(0.35, 1.05) * whole_seconds if kills == 0 else 600
         try:
             code = process.wait(timeout=wait)
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGKILL)
             process.wait()
             kills += 1
+            state = folder / name.replace(".safetensors", ".state.safetensors")
+            if (folder / name).exists() and not state.exists():
+                return kills  # killed after all was done, on its way out
             continue
         if code != 0:
             raise SystemExit(f"{kind}: a resumed run ended with exit code {code}")

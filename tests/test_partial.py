@@ -20,6 +20,9 @@ from typer.testing import CliRunner, Result
 import randsurgery as rs
 from randsurgery.cli.app import app
 from randsurgery.inspection.storage import storage
+from randsurgery.jobs.runs import RunPlan
+from randsurgery.jobs.sources import SourceSpec
+from randsurgery.jobs.train import prepare_train
 
 SMALL = ("--width", "0.1", "--num-classes", "10")
 QUICK = ("--epochs", "1", "-b", "256")
@@ -148,6 +151,26 @@ def test_train_learns_a_plan_and_stores_its_slices(here: Path, fill: str) -> Non
     assert made_of("more.safetensors") == made_of("slim.safetensors")
 
 
+def test_an_untrained_plan_of_zeros_is_not_taken_for_a_network(here: Path) -> None:
+    succeed("freeze", "conv2", *SMALL, "--count", 1, "--fill", "zero", "-o", "z.safetensors")
+    words = fails(4, "freeze", "z.safetensors", "--count", 2)
+    assert "--fill zero that was not trained" in words
+    assert "--fill zero that was not trained" in fails(4, "popup", "z.safetensors", *QUICK)
+
+
+def test_fixing_the_head_adds_nothing_else_to_a_plan(here: Path) -> None:
+    plan = ("--only", "stages.0.blocks.0.mlp", "--norms", "frozen")
+    succeed("freeze", "caformer_s18", "--num-classes", 10, *plan, "-o", "p.safetensors")
+    names = set(rs.read_recipe("p.safetensors").members[0].plan.tensors)  # type: ignore[union-attr]
+    job = prepare_train(
+        RunPlan(SourceSpec("p.safetensors"), head="hadamard", output="t.safetensors")
+    )
+    with job.checkpoint:
+        after = set(job.checkpoint.member().plan.tensors)  # type: ignore[union-attr]
+    assert after - names == {"head.fc.fc2.scale", "head.fc.fc2.bias"}
+    assert names <= after
+
+
 def test_train_without_a_plan_is_the_dense_baseline(here: Path) -> None:
     succeed("train", "conv2", "--width", "0.1", *QUICK, "-o", "dense.safetensors")
     assert set(made_of("dense.safetensors").values()) == {"random + replace"}
@@ -195,8 +218,11 @@ def test_settings_beside_the_output_repeat_the_run(here: Path) -> None:
             "kaiming-normal", "-o", "a.safetensors")  # fmt: skip
     settings = yaml.safe_load(Path("a.settings.yaml").read_text())
     assert settings["lr"] == 0.02
-    succeed("popup", "conv2", "--width", "0.1", "-c", "a.settings.yaml", "-o", "b.safetensors")
+    succeed("popup", "conv2", "-c", "a.settings.yaml", "-o", "b.safetensors")
     assert Path("a.safetensors").read_bytes() == Path("b.safetensors").read_bytes()
+    succeed("train", "conv2", "--width", "0.1", *QUICK, "-o", "c.safetensors")
+    succeed("train", "conv2", "-c", "c.settings.yaml", "-o", "d.safetensors")
+    assert Path("c.safetensors").read_bytes() == Path("d.safetensors").read_bytes()
 
 
 # --- resume ---------------------------------------------------------------------------------------
@@ -250,6 +276,15 @@ def test_a_run_stopped_after_its_result_was_written_can_be_resumed(here: Path) -
     assert program(*RUN, *resume).returncode == 6
 
 
+def test_a_state_is_not_lost_to_another_run(here: Path) -> None:
+    killed_run("cut.safetensors")
+    state = Path("cut.state.safetensors").read_bytes()
+    made = program("popup", "conv2", "--width", "0.2", *QUICK, "-o", "cut.safetensors")
+    assert made.returncode == 6
+    assert "--resume auto goes on" in made.stderr
+    assert Path("cut.state.safetensors").read_bytes() == state
+
+
 def test_a_state_of_another_run_is_refused(here: Path) -> None:
     killed_run("cut.safetensors")
     made = program(*RUN, "-o", "cut.safetensors", "--lr", "0.01", "--resume", "auto")
@@ -264,7 +299,7 @@ def test_a_diverged_run_keeps_its_last_good_state(here: Path) -> None:
     made = program("train", "conv2", "--width", "0.1", "--lr", "1e30", "--epochs", "2", "-b", "128",
                    "--state-every", "1", "-o", "nan.safetensors")  # fmt: skip
     assert made.returncode == 7
-    assert "--resume nan.state.safetensors" in made.stderr
+    assert "the last good state is nan.state.safetensors" in made.stderr
     assert sorted(path.name for path in here.iterdir()) == ["nan.state.safetensors"]
 
 

@@ -311,6 +311,9 @@ def test_counts_are_exact() -> None:
         (Freeze(only=("@head",), head="frozen"), "contradict"),
         (Freeze(only=("hidden",), dim="in"), "go with --fraction"),
         (Freeze(only=("hidden",), least=1), "go with --fraction"),
+        (Freeze(only="hidden"), "sequence of patterns"),  # type: ignore[arg-type]
+        (Freeze(count=1, statistics="moving"), "statistics must be one of"),  # type: ignore[arg-type]
+        (Freeze(count=1, head="fixd"), "head must be one of"),  # type: ignore[arg-type]
     ],
 )
 def test_wishes_that_cannot_be_met_are_named(wish: Freeze, words: str) -> None:
@@ -434,3 +437,28 @@ def test_a_planned_network_of_timm_can_be_learned_and_loaded(tmp_path: Path) -> 
     again = rs.load(tmp_path / "vit.safetensors").state_dict()
     state = plain_state(model)
     assert all(same_bits(tensor, state[name]) for name, tensor in again.items())
+
+
+class Borrower(nn.Module):
+    """Computes with its layer's weight itself, as several networks do with their qkv."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.fc = nn.Linear(6, 6), nn.Linear(6, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.fc(nn.functional.linear(x, self.qkv.weight, self.qkv.bias))
+        return out
+
+
+@pytest.mark.parametrize("dim", ["out", "in"])
+def test_a_layer_that_is_not_called_learns_its_slice_too(dim: Any) -> None:
+    model, x = Borrower(), torch.randn(3, 6)
+    twin = copy.deepcopy(model)
+    slices.attach(model, make_plan(model, Freeze(count=2, dim=dim, only=("qkv",))))
+    model(x).square().sum().backward()
+    twin(x).square().sum().backward()
+    wanted = twin.qkv.weight.grad.narrow(0 if dim == "out" else 1, 0, 2)  # type: ignore[union-attr]
+    assert same_bits(model.qkv.learned_weight.grad, wanted)  # type: ignore[arg-type]
+    if dim == "out":
+        assert same_bits(model.qkv.learned_bias.grad, twin.qkv.bias.grad[:2])  # type: ignore[index, arg-type, union-attr]

@@ -390,7 +390,7 @@ def interrupted(step: int, path: Path, **hooks: Any) -> Hooks:
     return Hooks(on_state=on_state, state_every=1, **hooks)
 
 
-@pytest.mark.parametrize("opt", ["momentum", "adamw"])
+@pytest.mark.parametrize("opt", ["momentum", "adamw", "lamb"])  # lamb has tensors in its groups
 @pytest.mark.parametrize("stop", [1, 4, 6, 11])  # within the first epoch, at its end, later
 def test_a_run_that_goes_on_from_its_state_ends_with_the_same_bits(
     opt: str, stop: int, tmp_path: Path
@@ -463,6 +463,20 @@ def test_a_loss_that_is_no_number_ends_the_run() -> None:
     with pytest.raises(DivergedError, match=r"step 1 \(epoch 1\).*--lr") as caught:
         fit(model, few(), few(), quick())
     assert caught.value.exit_code == 7
+
+
+def test_a_last_step_that_ruins_the_weights_ends_the_run() -> None:
+    model = popped(learn=("@head",))
+    states: list[RunState] = []
+
+    def ruin(step: int, loss: float) -> None:
+        with torch.no_grad():
+            model.fc.weight[0, 0] = float("inf")
+
+    hooks = Hooks(on_state=states.append, on_step=ruin)
+    with pytest.raises(DivergedError, match="not finite after step 1"):
+        fit(model, few(), few(), quick(batch_size=64), hooks)
+    assert not states
 
 
 def test_a_test_loss_that_is_no_number_is_recorded_as_none() -> None:

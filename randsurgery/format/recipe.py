@@ -218,6 +218,7 @@ class HeadSpec(Model):
     name: Text
     kind: Literal["linear", "orthonormal", "hadamard"] = "linear"
     scale: Literal["learned", "given"] = "learned"  # of a fixed kind
+    seed: Seed = 0  # of orthonormal rows
     classes: Count
 
 

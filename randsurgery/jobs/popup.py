@@ -100,7 +100,8 @@ def _settings(job: PreparedPopup) -> dict[str, Any]:
     plan, source = job.plan, job.run.plan.source
     return {
         "k": str(plan.popup.k),
-        **runs.source_settings(job.run.plan, source.scaled_for is not None),
+        **runs.source_settings(job.run.plan),
+        **({} if source.is_file else {"scaled": source.scaled_for is not None}),
         "skip": list(plan.popup.skip),
         "learn": list(plan.popup.learn),
         "mask": plan.popup.mask,

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from randsurgery.errors import DataError, DivergedError, IncompatibleError, UsageError
+from randsurgery.errors import DataError, DivergedError, IncompatibleError, OutputError, UsageError
 from randsurgery.format.canonical import canonical_json, digest
 from randsurgery.format.checkpoint import Checkpoint
 from randsurgery.format.container import check_output
@@ -196,6 +196,11 @@ def _classes(given: int | None, dataset: DatasetSpec, train: Data) -> int:
 def _outputs(plan: RunPlan, name: Path) -> Path:
     """The output's path; it and all that is written beside it are checked."""
     output = check_output(name, force=plan.force)
+    if state_path(output).exists() and plan.resume is None and not plan.force:
+        raise OutputError(
+            f"{state_path(output)}: is the state of a run that was stopped; --resume auto goes on "
+            "with it, --force begins anew"
+        )
     for beside in (metrics_path(output), settings_path(output)):
         check_output(beside, force=plan.force)
     if plan.plot is not None:
@@ -219,7 +224,13 @@ def identity(job: Prepared, technique: Technique) -> dict[str, Any]:
     """What makes two runs the same run: the network they start from and every setting."""
     start = canonical_json(job.checkpoint.recipe.to_json())
     settings = {**technique.settings, **job.settings.to_json()}
-    return {"command": technique.command, "network": digest(start), **settings}
+    data = {
+        "dataset": job.dataset.to_json(),
+        "data_dir": job.plan.data.data_dir,
+        "images": [len(job.train), len(job.test)],
+        "device": job.device.type,
+    }
+    return {"command": technique.command, "network": digest(start), **data, **settings}
 
 
 def carry_out(job: Prepared, technique: Technique, hooks: Hooks | None = None) -> Result:
@@ -233,11 +244,18 @@ def carry_out(job: Prepared, technique: Technique, hooks: Hooks | None = None) -
     model = build(job.checkpoint).to(job.device)
     technique.attach(model)
     watch = technique.watch(model) if technique.watch else Hooks()
+    kept = resumed is not None
+
+    def keep(state: RunState) -> None:
+        nonlocal kept
+        write_state(state_file, state, run)
+        kept = True
+
     try:
         with Recorder(job.output, plan.log_to) as recorder:
             recorder.repeat(resumed.values["history"] if resumed else [])
             hooks = _joined(hooks or Hooks(), watch, recorder, model)
-            hooks.on_state = lambda state: write_state(state_file, state, run)
+            hooks.on_state = keep
             hooks.state_every = plan.state_every
             records = fit(model, job.train, job.test, job.settings, hooks, resume=resumed)
             model.eval()
@@ -246,14 +264,33 @@ def carry_out(job: Prepared, technique: Technique, hooks: Hooks | None = None) -
             checkpoint = with_provenance(checkpoint, technique.command, settings, records)
             keep_base(checkpoint, job.output)
             size = write_checkpoint(job.output, checkpoint, force=plan.force)
-            write_settings(job.output, settings, job.dataset)
-    except (DivergedError, KeyboardInterrupt) as error:
-        if not state_file.exists():
+            write_settings(job.output, {**settings, **_options(plan)}, job.dataset)
+    except DivergedError as error:
+        raise DivergedError(
+            f"{error}; the last good state is {state_file}" if kept else str(error)
+        ) from None
+    except KeyboardInterrupt:
+        if not kept:
             raise
-        what = str(error) or "interrupted; no result was written"
-        raise type(error)(f"{what}; --resume {state_file} goes on from the last state") from None
+        raise KeyboardInterrupt(
+            f"interrupted; no result was written; --resume {state_file} goes on from the last state"
+        ) from None
     state_file.unlink(missing_ok=True)
     return Result(job.output, size, records, metrics_path(job.output))
+
+
+def _options(plan: RunPlan) -> dict[str, Any]:
+    """The options of a run that are not settings of training, for the settings file."""
+    data, source = plan.data, plan.source
+    return {
+        "model-kwargs": [f"{key}={value}" for key, value in source.args.items()] or None,
+        "pretrained": source.pretrained or None,
+        "checkpoint": source.checkpoint if source.origin is None else None,
+        "data-dir": data.data_dir,
+        "num-classes": data.num_classes,
+        "img-size": data.img_size,
+        "in-chans": data.in_chans,
+    }
 
 
 def _resumed(plan: RunPlan, state_file: Path, run: dict[str, Any]) -> RunState | None:
@@ -284,11 +321,9 @@ def weight_settings(source: SourceSpec) -> dict[str, Any]:
     return {"init": source.init, "init_seed": source.seed}
 
 
-def source_settings(plan: RunPlan, scaled: bool) -> dict[str, Any]:
+def source_settings(plan: RunPlan) -> dict[str, Any]:
     """How the network came to be: its weights and, if it was fixed here, its classifier."""
     found = weight_settings(plan.source)
-    if found:
-        found["scaled"] = scaled
     if plan.head is not None:
         found |= {"head": plan.head, "head_scale": plan.head_scale}
     return found

@@ -145,6 +145,12 @@ def flatten(checkpoint: Checkpoint, member: str | None = None) -> Checkpoint:
     Payload bytes move as they are. What a learner adds next becomes the member's own again.
     """
     who = checkpoint.member(member)
+    for name, part in (who.plan.tensors if who.plan else {}).items():
+        if part.start is not None and name not in who.tensors:
+            raise IncompatibleError(
+                f"the file is a plan with --fill zero that was not trained: {name} is zero yet; "
+                "train it first, or start from what it was made of"
+            )
     payloads, entries = Memory(), {}
     for name in checkpoint.recipe.tensor_names(who):
         owner, entry, steps = sentence(checkpoint.recipe, who, name)

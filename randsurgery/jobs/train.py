@@ -5,11 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from randsurgery.format.recipe import MaskOverlay, Plan, ScatterOverlay
+from torch import nn
+
+from randsurgery.format.recipe import Learned, MaskOverlay, Plan, ScatterOverlay
 from randsurgery.jobs import runs
 from randsurgery.jobs.runs import Prepared, Result, RunPlan, Technique
+from randsurgery.surgery.heads import fixed_heads
 from randsurgery.surgery.modules import learn_plan, meta_module
-from randsurgery.surgery.plans import count_layers, everything, survivors
+from randsurgery.surgery.plans import count_layers, survivors
 from randsurgery.training.loop import Hooks
 
 
@@ -26,7 +29,7 @@ def _planned(job: Prepared) -> Any:
     checkpoint, who = job.checkpoint, job.checkpoint.member()
     model = meta_module(checkpoint)
     if who.plan is not None:
-        own = _refitted(who.plan, everything(model)) if job.plan.head is not None else who.plan
+        own = _refitted(who.plan, model) if job.plan.head is not None else who.plan
     else:
         masked = {
             name
@@ -39,13 +42,15 @@ def _planned(job: Prepared) -> Any:
     return replace(checkpoint, recipe=recipe)
 
 
-def _refitted(plan: Plan, whole: Plan) -> Plan:
-    """A plan for a network whose classifier was replaced: what is gone leaves, what came is
-    learned."""
-    kept = {name: part for name, part in plan.tensors.items() if name in whole.tensors}
-    fixed = {n: p for n, p in whole.tensors.items() if n.endswith((".scale", ".bias")) and
-             n.rpartition(".")[0] + ".weight" not in whole.tensors}  # fmt: skip
-    return plan.model_copy(update={"tensors": dict(sorted({**fixed, **kept}.items()))})
+def _refitted(plan: Plan, model: nn.Module) -> Plan:
+    """A plan for a network whose classifier was fixed: what is gone leaves the plan, scale and bias
+    of the fixed classifier enter it."""
+    there = dict(model.named_parameters(remove_duplicate=False))
+    kept = {name: part for name, part in plan.tensors.items() if name in there}
+    for place, head in fixed_heads(model).items():
+        kept.pop(f"{place}.weight", None)
+        kept |= {f"{place}.{leaf}": Learned() for leaf, _ in head.learned_parameters()}
+    return plan.model_copy(update={"tensors": dict(sorted(kept.items()))})
 
 
 def run_train(job: Prepared, hooks: Hooks | None = None) -> Result:
@@ -53,7 +58,7 @@ def run_train(job: Prepared, hooks: Hooks | None = None) -> Result:
     technique = Technique(
         command="train",
         attach=lambda model: learn_plan(model, job.checkpoint),
-        settings=runs.source_settings(job.plan, False),
+        settings=runs.source_settings(job.plan),
     )
     return runs.carry_out(job, technique, hooks)
 
@@ -64,4 +69,4 @@ def train_facts(job: Prepared) -> dict[str, Any]:
     assert plan is not None
     rows = count_layers(meta_module(job.checkpoint), plan)
     own = {"learned": sum(row.learned for row in rows), "total": sum(row.total for row in rows)}
-    return runs.facts(job, own, runs.source_settings(job.plan, False))
+    return runs.facts(job, own, runs.source_settings(job.plan))

@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from randsurgery.errors import IncompatibleError, UsageError
 from randsurgery.format.canonical import digest
 from randsurgery.format.checkpoint import Checkpoint, Memory, payload_names
+from randsurgery.format.container import Container
 from randsurgery.format.fields import SHARED
 from randsurgery.format.generator import generate
 from randsurgery.format.rebuild import payload_name, split_payload_name
@@ -231,10 +232,15 @@ def with_fixed_head(
         kind=kind,
         classes=who.head.classes,
         scale="learned" if scale is None else "given",
+        seed=seed,
     )
     fresh = who.model_copy(update={"head": spec, "tensors": own})
     update = {"tensors": dict(sorted(tensors.items())), "members": (fresh,), "backbone_id": None}
-    return replace(checkpoint, recipe=recipe.model_copy(update=update), payloads=payloads)
+    opened = checkpoint.opened
+    if isinstance(checkpoint.payloads, Container):  # it has been read; who closes this closes that
+        opened = (*opened, checkpoint.payloads)
+    changed = recipe.model_copy(update=update)
+    return replace(checkpoint, recipe=changed, payloads=payloads, opened=opened)
 
 
 def _places(model: nn.Module) -> list[str]:
@@ -283,15 +289,16 @@ def with_head(checkpoint: Checkpoint, classes: int) -> Checkpoint:
 def _refixed(checkpoint: Checkpoint, head: HeadSpec, spec: ModelSpec, classes: int) -> Checkpoint:
     """The fixed classifier made anew for another number of classes, unless its bias is learned."""
     member = checkpoint.member()
-    names = [n for n in checkpoint.recipe.tensors if n.startswith(f"{head.name}.")]
-    if any(name in member.tensors for name in names):
+    assert checkpoint.recipe.model is not None
+    places = _places(build_meta(checkpoint.recipe.model))
+    if any(f"{place}.bias" in member.tensors for place in places):
         raise IncompatibleError(
             f"the classifier's bias is learned for {head.classes} classes, {classes} are wanted; "
             f"pass --num-classes {head.classes} or start from another file"
         )
     scale = None
     if head.scale == "given":
-        source = checkpoint.recipe.tensors[f"{head.name}.scale"].source
+        source = checkpoint.recipe.tensors[f"{places[0]}.scale"].source
         assert isinstance(source, ConstantSource)
         scale = float.fromhex(source.value)
     fresh = member.model_copy(
@@ -299,4 +306,5 @@ def _refixed(checkpoint: Checkpoint, head: HeadSpec, spec: ModelSpec, classes: i
     )
     changed = checkpoint.recipe.model_copy(update={"model": spec, "members": (fresh,)})
     assert head.kind != "linear"
-    return with_fixed_head(replace(checkpoint, recipe=changed), head.kind, scale=scale)
+    again = replace(checkpoint, recipe=changed)
+    return with_fixed_head(again, head.kind, seed=head.seed, scale=scale)

@@ -58,6 +58,15 @@ class Freeze:
 
     def check(self) -> None:
         """Raises UsageError for values out of range and wishes that contradict each other."""
+        if isinstance(self.only, str) or not all(isinstance(p, str) for p in self.only):
+            raise UsageError(f"only must be a sequence of patterns, found {self.only!r}")
+        for what, value, allowed in (
+            ("norms", self.norms, (True, False)),
+            ("statistics", self.statistics, ("tracked", "frozen")),
+            ("head", self.head, (None, "learned", "frozen")),
+        ):
+            if value not in allowed:
+                raise UsageError(f"{what} must be one of {allowed}, found {value!r}")
         if self.fraction is not None and self.count is not None:
             raise UsageError("--fraction and --count exclude each other")
         if self.fraction is not None:
@@ -159,7 +168,8 @@ def make_plan(model: nn.Module, wish: Freeze) -> Plan:
     for name, module in model.named_modules():
         chosen = named is None or name in named
         if name in heads:
-            learned |= _whole(name, module) if use_head else {}
+            asked = use_head or (named is not None and chosen and wish.head != "frozen")
+            learned |= _whole(name, module) if asked else {}
         elif is_norm(module):
             learned |= _whole(name, module) if wish.norms else {}
         elif not chosen:

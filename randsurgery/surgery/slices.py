@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.nn.utils import parametrize
 
 from randsurgery.errors import IncompatibleError, UsageError
@@ -58,6 +59,7 @@ class _ConvSlice(torch.autograd.Function):
         return torch.conv2d(x, weight, bias, *ctx.where)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         where, shape = ctx.where, x.shape
@@ -133,6 +135,7 @@ class _LinearSlice(torch.autograd.Function):
         return nn.functional.linear(x, weight, bias)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         n = ctx.count
@@ -164,25 +167,45 @@ class _Sliced(nn.Module):
     """What both plain layers share; ``attach`` gives it ``dim`` and the slice parameters."""
 
     dim: int
-    weight: nn.Parameter
-    bias: nn.Parameter | None
     learned_weight: nn.Parameter
     learned_bias: nn.Parameter | None
 
+    @property
+    def weight(self) -> torch.Tensor:
+        """The whole weight. Gradients reach its slice, for networks that do not call the layer but
+        compute with its weight themselves."""
+        self.tie()
+        whole = self._parameters["weight"]
+        found: torch.Tensor = _Narrowed.apply(self.learned_weight, whole, self.dim)
+        return found
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        """The whole bias, as ``weight``."""
+        whole = self._parameters["bias"]
+        if whole is None or self.learned_bias is None:
+            return whole
+        self.tie()
+        found: torch.Tensor = _Narrowed.apply(self.learned_bias, whole, 0)
+        return found
+
     def tie(self) -> None:
         """Let the slices be parts of weight and bias again, if something moved one of them."""
-        _tie(self.weight, self.learned_weight, self.dim)
-        if self.bias is not None and self.learned_bias is not None:
-            _tie(self.bias, self.learned_bias, 0)
+        weight, bias = self._parameters["weight"], self._parameters["bias"]
+        assert weight is not None
+        _tie(weight, self.learned_weight, self.dim)
+        if bias is not None and self.learned_bias is not None:
+            _tie(bias, self.learned_bias, 0)
 
     def operands(self, x: torch.Tensor) -> tuple[Any, ...]:
         """What the functions above take, as autocast wants it."""
         self.tie()
-        x_, weight, bias = _under_autocast(x, self.weight, self.bias)
+        whole, whole_bias = self._parameters["weight"], self._parameters["bias"]
+        x_, weight, bias = _under_autocast(x, whole, whole_bias)
         return x_, self.learned_weight, self.learned_bias, weight, bias, self
 
 
-class SlicedConv2d(_Sliced, nn.Conv2d):  # type: ignore[misc]
+class SlicedConv2d(_Sliced, nn.Conv2d):  # type: ignore[override]
     """A plain nn.Conv2d of which a slice is learned."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -193,7 +216,7 @@ class SlicedConv2d(_Sliced, nn.Conv2d):  # type: ignore[misc]
         return out
 
 
-class SlicedLinear(_Sliced, nn.Linear):  # type: ignore[misc]
+class SlicedLinear(_Sliced, nn.Linear):  # type: ignore[misc, override]
     """A plain nn.Linear of which a slice is learned."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -227,6 +250,7 @@ class _Narrowed(torch.autograd.Function):
         return whole.detach()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         return gradient.narrow(ctx.dim, 0, ctx.count), None, None
 
@@ -400,7 +424,8 @@ def _learn(name: str, module: nn.Module, leaf: str, part: Learned, mask: Mask | 
 def _freeze_statistics(model: nn.Module) -> None:
     """Running statistics are used and never updated, whatever mode the module is put in."""
     for module in model.modules():
-        if isinstance(getattr(module, "running_mean", None), torch.Tensor):
+        tracked = (getattr(module, name, None) for name in ("running_mean", "running_var"))
+        if any(isinstance(tensor, torch.Tensor) for tensor in tracked):
             module.register_forward_pre_hook(_use_statistics)
 
 

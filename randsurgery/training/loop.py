@@ -171,6 +171,7 @@ def fit(
     while run.epoch < settings.epochs:
         with borrowed(torch_seed(settings.seed, f"epoch-{run.epoch}"), run.device):
             record = _epoch(run, train, hooks)
+        _check_finite(run)
         result = evaluate(model, test, amp=settings.amp)
         run.epoch += 1
         record |= {f"test_{key}": value for key, value in result.to_json().items()}
@@ -204,6 +205,7 @@ def _epoch(run: Run, train: Data, hooks: Hooks) -> Record:
         hooks.on_step(run.step, value)
         due = hooks.state_every and run.step % hooks.state_every == 0
         if hooks.on_state is not None and due and run.sums.batches < run.steps:
+            _check_finite(run)
             hooks.on_state(run.state(hooks.memory()))
     sums, run.sums = run.sums, Sums()
     return {
@@ -211,6 +213,15 @@ def _epoch(run: Run, train: Data, hooks: Hooks) -> Record:
         "train_loss": sums.loss / sums.images,
         "train_accuracy": sums.correct / sums.images,
     }
+
+
+def _check_finite(run: Run) -> None:
+    """A step may ruin what it learns without its own loss telling."""
+    if not all(bool(torch.isfinite(p).all()) for p in run.learned):
+        raise DivergedError(
+            f"a learned value is not finite after step {run.step} (epoch {run.epoch + 1}); lower "
+            "--lr, or --clip-grad"
+        )
 
 
 def _add(sums: Sums, loss: float, logits: torch.Tensor, labels: torch.Tensor) -> None:

@@ -13,7 +13,7 @@ from torch import nn
 
 from randsurgery.errors import FileFormatError, IncompatibleError
 from randsurgery.format.container import Container, pack, write_atomically
-from randsurgery.surgery.tensors import from_torch, to_torch
+from randsurgery.surgery.tensors import NAMES, TORCH, from_torch, to_torch
 
 STATE_KEY = "randsurgery_state"
 VERSION = 1
@@ -44,7 +44,7 @@ class RunState:
         values: dict[str, Any] = {}
         if optimizer is not None:
             state = optimizer.state_dict()
-            values["groups"] = state["param_groups"]
+            values["groups"] = [_plain(group) for group in state["param_groups"]]
             numbers: dict[str, dict[str, Any]] = {}
             for index, part in state["state"].items():
                 for name, value in part.items():
@@ -80,7 +80,31 @@ class RunState:
         for name, tensor in self.part("optimizer/").items():
             index, _, key = name.partition("/")
             state.setdefault(int(index), {})[key] = tensor.clone()
-        optimizer.load_state_dict({"state": state, "param_groups": self.values["groups"]})
+        fresh = optimizer.state_dict()["param_groups"]
+        groups = [_group(*pair) for pair in zip(self.values["groups"], fresh, strict=True)]
+        optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def _plain(group: dict[str, Any]) -> dict[str, Any]:
+    """A parameter group as JSON has it: tensors as their values, dtypes left to the optimiser."""
+    return {
+        key: {"values": value.tolist(), "dtype": NAMES[value.dtype]}
+        if isinstance(value, torch.Tensor)
+        else value
+        for key, value in group.items()
+        if not isinstance(value, torch.dtype)
+    }
+
+
+def _group(saved: dict[str, Any], fresh: dict[str, Any]) -> dict[str, Any]:
+    """A parameter group of the optimiser with the saved values."""
+    found = {
+        key: torch.tensor(value["values"], dtype=TORCH[value["dtype"]])
+        if isinstance(value, dict) and set(value) == {"values", "dtype"}
+        else value
+        for key, value in saved.items()
+    }
+    return {**fresh, **found}
 
 
 def changing(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -113,6 +137,7 @@ def read_state(path: str | os.PathLike[str], run: dict[str, Any]) -> RunState:
             found = json.loads(file.metadata[STATE_KEY])
             version, theirs = found["version"], found["run"]
             state = RunState(int(found["epoch"]), int(found["step"]), {}, dict(found["values"]))
+            _ = state.values["sums"], state.values["history"]
         except (KeyError, TypeError, ValueError):
             raise FileFormatError(f"{path}: is no state of a run") from None
         if version != VERSION:
