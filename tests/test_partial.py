@@ -9,20 +9,24 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from surgery_helpers import same_bits, save_dense
+from torch import nn
 from typer.testing import CliRunner, Result
 
 import randsurgery as rs
 from randsurgery.cli.app import app
+from randsurgery.cli.options import RunOptions, plan_of
 from randsurgery.inspection.storage import storage
 from randsurgery.jobs.runs import RunPlan
 from randsurgery.jobs.sources import SourceSpec
-from randsurgery.jobs.train import prepare_train
+from randsurgery.jobs.train import prepare_train, run_train
+from randsurgery.training.loop import Hooks
 
 SMALL = ("--width", "0.1", "--num-classes", "10")
 QUICK = ("--epochs", "1", "-b", "256")
@@ -110,7 +114,8 @@ def test_freeze_writes_a_plan_and_shows_its_table(here: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ((), "give --fraction, --count or --only"),
+        ((), "nothing would be frozen; give --fraction, --count, --only"),
+        (("--head", "learned"), "nothing would be frozen"),
         (("--fraction", "0.1"), "pass --min 1"),
         (("--fraction", "1.5"), "fraction must lie in (0, 1]"),
         (("--fraction", "0.5", "--count", "2"), "exclude each other"),
@@ -118,10 +123,14 @@ def test_freeze_writes_a_plan_and_shows_its_table(here: Path) -> None:
         (("--fraction", "0.5", "--dim", "depth"), "unknown --dim"),
         (("--only", "featurs.0"), "near: features.0"),
         (("--only", "@head", "--head", "frozen"), "contradict"),
+        (("--only", "fc", "--head", "frozen"), "--only fc and --head frozen contradict"),
+        (("--only", "@head", "--fraction", "0.5"), "--fraction slices nothing"),
+        (("--only", "fc", "--count", "2"), "--count slices nothing"),
+        (("--count", "1", "--min", "4"), "--count 1 and --min 4 contradict"),
         (("--only", "@head", "--norms", "none"), "--norms must be learned or frozen"),
         (("--only", "@head", "--fill", "zero"), "--fill zero goes with"),
         (("--count", "1", "--fill", "one"), "--fill must be own or zero"),
-        (("--count", "1", "--head", "hadamrd"), "expected orthonormal, hadamard"),
+        (("--count", "1", "--head", "hadamrd"), "learned or frozen or orthonormal or hadamard"),
         (("--count", "1", "--head-scale", "2"), "--head-scale goes with"),
     ],
 )
@@ -130,6 +139,78 @@ def test_bad_wishes_are_named_and_write_nothing(
 ) -> None:
     assert words in fails(2, "freeze", "conv2", *SMALL, *options)
     assert not list(here.iterdir())
+
+
+def learned(path: str) -> set[str]:
+    plan = rs.read_recipe(path).members[0].plan
+    assert plan is not None
+    return set(plan.tensors)
+
+
+def in_norms(model: nn.Module) -> set[str]:
+    norms = {n for n, m in model.named_modules() if isinstance(m, nn.BatchNorm2d)}
+    return {n for n, _ in model.named_parameters() if n.rpartition(".")[0] in norms}
+
+
+@pytest.mark.parametrize(
+    ("options", "gone"),
+    [
+        (("--head", "frozen"), lambda model: {"fc.weight", "fc.bias"}),
+        (("--head", "hadamard"), lambda model: {"fc.weight"}),
+        (("--norms", "frozen"), in_norms),
+    ],
+)
+def test_without_a_slice_all_is_learned_but_what_is_frozen(
+    here: Path, options: tuple[str, ...], gone: Callable[[nn.Module], set[str]]
+) -> None:
+    succeed("freeze", "lenet_300_100" if "--head" in options else "test_resnet", *options,
+            "--num-classes", 10, "-o", "p.safetensors")  # fmt: skip
+    model = rs.load("p.safetensors")
+    every = {name for name, _ in model.named_parameters()}
+    assert every - learned("p.safetensors") == gone(model)
+
+
+def test_a_fixed_head_learns_its_scale_and_bias_whatever_else_is_learned(here: Path) -> None:
+    succeed("freeze", "conv2", *SMALL, "--only", "fc1", "--head", "hadamard", "-o", "p.safetensors")
+    assert learned("p.safetensors") == {"fc1.weight", "fc.scale", "fc.bias"}
+
+
+def test_a_file_can_be_frozen_for_other_classes_and_with_other_rows(here: Path) -> None:
+    succeed("init", "conv2", *SMALL, "-o", "a.safetensors")
+    for seed in (0, 1):
+        succeed("freeze", "a.safetensors", "--num-classes", 7, "--head", "orthonormal", "--seed",
+                seed, "-o", f"{seed}.safetensors")  # fmt: skip
+    zero, one = (rs.load(f"{seed}.safetensors").state_dict()["fc.weight"] for seed in (0, 1))
+    assert zero.shape[0] == 7
+    assert not same_bits(zero, one)
+    words = fails(2, "freeze", "a.safetensors", "--only", "fc", "--seed", 3)
+    assert "a seed of the weights goes with an architecture" in words
+    words = fails(2, "freeze", "a.safetensors", "--only", "fc", "--img-size", 64)
+    assert "model arguments (img_size) go with an architecture" in words
+
+
+def test_counting_asks_nothing_of_the_output(here: Path) -> None:
+    succeed("freeze", "conv2", *SMALL, "--count", 1)
+    assert json.loads(
+        succeed("freeze", "conv2", *SMALL, "--count", 1, "--dry-run", "--json").stdout
+    )
+    assert "exists already" in fails(6, "freeze", "conv2", *SMALL, "--count", 1)
+
+
+def test_slices_over_a_mask_are_pointed_out(here: Path) -> None:
+    succeed("popup", "conv2", "--width", "0.1", "--k", "0.3", *QUICK, "-o", "m.safetensors")
+    told = succeed("freeze", "m.safetensors", "--fraction", "0.5", "-o", "p.safetensors").stderr
+    assert "4 of the sliced tensors are masked" in told
+    facts = json.loads(succeed("train", "m.safetensors", "--dry-run", "--json").stdout)
+    assert 0.25 < facts["learned"] / facts["total"] < 0.35
+
+
+def test_a_settings_file_takes_every_option_by_its_name(here: Path) -> None:
+    Path("c.yaml").write_text("fraction: 0.1\nmin: 2\nnum-classes: 10\nwidth: 0.1\n")
+    succeed("freeze", "conv2", "-c", "c.yaml", "-o", "p.safetensors")
+    plan = rs.read_recipe("p.safetensors").members[0].plan
+    assert plan is not None
+    assert plan.tensors["features.0.weight"].count == 2
 
 
 # --- train ----------------------------------------------------------------------------------------
@@ -211,6 +292,17 @@ def test_the_fixed_heads_scale_is_in_the_records_and_the_plot(here: Path) -> Non
     assert made_of("h.safetensors")["fc.weight"] == "hadamard"
     assert "accuracy" in succeed("eval", "h.safetensors").stdout
     assert "must end in" in fails(2, "train", "conv2", "--width", "0.1", "--plot", "curves.txt")
+    assert "exists already" in fails(6, "train", "conv2", "--width", "0.1", "--plot", "curves.svg")
+
+
+def test_pictures_may_have_capital_endings(here: Path) -> None:
+    succeed("train", "conv2", "--width", "0.1", *QUICK, "-o", "a.safetensors", "--plot", "A.PNG")
+    assert Path("A.PNG").read_bytes().startswith(b"\x89PNG")
+
+
+def test_optimisers_that_need_more_than_a_gradient_are_refused(here: Path) -> None:
+    words = fails(2, "train", "conv2", "--width", "0.1", "--opt", "adahessian")
+    assert "--opt adahessian cannot be used here" in words
 
 
 def test_settings_beside_the_output_repeat_the_run(here: Path) -> None:
@@ -293,6 +385,40 @@ def test_a_state_of_another_run_is_refused(here: Path) -> None:
     other = program(*RUN, "-o", "new.safetensors", "--resume", "nowhere.safetensors")
     assert other.returncode == 2
     assert "no such file" in other.stderr
+    dry = program(*RUN, "-o", "cut.safetensors", "--lr", "0.01", "--resume", "auto", "--dry-run")
+    assert dry.returncode == 4
+    assert "its lr is 0.05, here it is 0.01" in dry.stderr
+
+
+def test_a_damaged_state_is_refused(here: Path) -> None:
+    killed_run("cut.safetensors")
+    state = Path("cut.state.safetensors")
+    damaged = bytearray(state.read_bytes())
+    damaged[-5] ^= 1
+    state.write_bytes(damaged)
+    made = program(*RUN, "-o", "cut.safetensors", "--resume", "auto")
+    assert made.returncode == 3
+    assert "is damaged" in made.stderr
+    assert bytes(damaged) == state.read_bytes()
+
+
+@pytest.mark.parametrize("opt", ["adamw", "lamb", "adafactor", "lion", "rmsproptf", "muon"])
+def test_every_kind_of_optimiser_goes_on_where_it_stopped(here: Path, opt: str) -> None:
+    run_ = ("train", "conv2", "--width", "0.1", "--epochs", 2, "-b", 256, "--opt", opt, "--lr",
+            "0.001", "--seed", 3)  # fmt: skip
+    succeed(*run_, "-o", "whole.safetensors")
+    job = prepare_train(plan_of("conv2", RunOptions(width=0.1, epochs=2, batch_size=256, opt=opt,
+                                                   lr=0.001, seed=3, output="cut.safetensors",
+                                                   state_every=3)))  # fmt: skip
+
+    def stop(step: int, loss: float) -> None:
+        if step == 8:  # within the second epoch
+            raise KeyboardInterrupt
+
+    with job.checkpoint, pytest.raises(KeyboardInterrupt, match="goes on from the last state"):
+        run_train(job, Hooks(on_step=stop))
+    succeed(*run_, "--state-every", 3, "--resume", "auto", "-o", "cut.safetensors")
+    assert Path("cut.safetensors").read_bytes() == Path("whole.safetensors").read_bytes()
 
 
 def test_a_diverged_run_keeps_its_last_good_state(here: Path) -> None:

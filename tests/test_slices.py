@@ -298,7 +298,10 @@ def test_counts_are_exact() -> None:
 @pytest.mark.parametrize(
     ("wish", "words"),
     [
-        (Freeze(), "nothing would be learned"),
+        (Freeze(), "nothing would be frozen"),
+        (Freeze(only=("@norm",), count=2), "--count slices nothing"),
+        (Freeze(only=("norm",), norms=False), "--only norm and --norms frozen contradict"),
+        (Freeze(count=1, least=2), "contradict"),
         (Freeze(fraction="0.1", count=2), "exclude each other"),
         (Freeze(fraction="0"), "fraction must lie"),
         (Freeze(fraction="1.1"), "fraction must lie"),

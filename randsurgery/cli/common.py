@@ -122,17 +122,22 @@ def _load_config(context: typer.Context, path: str | None) -> str | None:
         raise typer.BadParameter(f"{path} is not YAML ({str(error).splitlines()[0]})") from None
     if not isinstance(values, dict):
         raise typer.BadParameter(f"{path} must hold option names with values")
-    known = {p.name: p for p in context.command.params if p.name}
+    known = {
+        option.lstrip("-").replace("-", "_"): p
+        for p in context.command.params
+        if p.name
+        for option in (p.name, *p.opts)
+    }
     defaults: dict[str, Any] = {}
     for key, value in values.items():
         name = str(key).lstrip("-").replace("-", "_")
-        name = {"wd": "weight_decay"}.get(name, name)
         if name not in known:
             hint = near(name, known)
             raise typer.BadParameter(f"{path} has unknown option {str(key)!r}{hint}")
-        several = getattr(known[name], "multiple", False)
+        parameter = known[name]
+        several = getattr(parameter, "multiple", False)
         value = [value] if several and not isinstance(value, list) else value
-        defaults[name] = str(value) if isinstance(value, float) else value
+        defaults[str(parameter.name)] = str(value) if isinstance(value, float) else value
     context.default_map = {**(context.default_map or {}), **defaults}
     return path
 

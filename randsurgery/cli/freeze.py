@@ -77,7 +77,11 @@ def freeze(
     init: common.InitOption = None,
     seed: Annotated[
         int | None,
-        typer.Option(min=0, help="Seed of the weights; default 0.", rich_help_panel=MODEL),
+        typer.Option(
+            min=0,
+            help="Seed of the weights and of orthonormal rows; default 0.",
+            rich_help_panel=MODEL,
+        ),
     ] = None,
     pretrained: common.Pretrained = False,
     checkpoint: common.CheckpointOption = None,
@@ -103,7 +107,7 @@ def freeze(
     from randsurgery.errors import UsageError
     from randsurgery.jobs.freeze import FreezePlan, prepare_freeze, run_freeze
     from randsurgery.jobs.sources import SourceSpec
-    from randsurgery.surgery.heads import head_sentence
+    from randsurgery.surgery.heads import FIXED_KINDS
     from randsurgery.surgery.initialisers import check_init
     from randsurgery.surgery.plans import Freeze
 
@@ -111,13 +115,15 @@ def freeze(
         ("--norms", norms, ("learned", "frozen")),
         ("--statistics", statistics, ("tracked", "frozen")),
         ("--fill", fill, ("own", "zero")),
+        ("--head", head or "learned", ("learned", "frozen", *FIXED_KINDS)),
     ):
         if value not in allowed:
             raise UsageError(f"{name} must be {' or '.join(allowed)}, found {value!r}")
     args = common.parse_pairs(model_kwargs or [], "--model-kwargs")
     given = {"num_classes": num_classes, "img_size": img_size, "in_chans": in_chans, "width": width}
     args |= {key: value for key, value in given.items() if value is not None}
-    kind, scale = options.head_of(None if head in ("learned", "frozen") else head, head_scale)
+    fixed = head in FIXED_KINDS
+    kind, scale = options.head_of(head if fixed else None, head_scale)
     wish = Freeze(
         fraction=fraction,
         count=count,
@@ -125,7 +131,7 @@ def freeze(
         only=tuple(only or ()),
         norms=norms == "learned",
         statistics=statistics,  # type: ignore[arg-type]
-        head=head if head in ("learned", "frozen") else None,  # type: ignore[arg-type]
+        head="learned" if fixed else head,  # type: ignore[arg-type]
         linear=linear,  # type: ignore[arg-type]
         least=least,
     )
@@ -146,8 +152,8 @@ def freeze(
         print_json({**beside, **job.to_json()})
         return
     render.show_layers(job.layers)
-    if job.head is not None:
-        note(head_sentence(job.head))
+    for line in job.notes:
+        note(line)
     if written is None:
         note(f"would write {job.output}")
     else:

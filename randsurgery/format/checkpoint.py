@@ -354,12 +354,30 @@ def _find_bases(
         if not fitting:
             tensors, actual = candidates[0]
             where = tensors.path if isinstance(tensors, Container) else "the given base"
-            raise IncompatibleError(
-                f"{where} is another base: its identity is {actual}, {path.name} was made on "
-                f"{ref.identity}" + (f" ({ref.origin})" if ref.origin else "")
-            )
+            raise IncompatibleError(_other_base(recipe, path, where, actual, ref.identity))
         found[key] = fitting[0]
+    if given is not None:
+        _check_used(recipe, path, *look(None, given))
     return found, opened
+
+
+def _check_used(recipe: Recipe, path: Path, given: Payloads, actual: str) -> None:
+    """A base that was given is one that the file builds on, also where the right one lies beside
+    the file. Raises IncompatibleError."""
+    wanted = {ref.identity for ref in recipe.bases.values()}
+    where = given.path if isinstance(given, Container) else "the given base"
+    if not wanted:
+        raise IncompatibleError(f"{path.name} builds on no base; leave {where} out")
+    if actual not in wanted:
+        raise IncompatibleError(_other_base(recipe, path, where, actual, sorted(wanted)[0]))
+
+
+def _other_base(recipe: Recipe, path: Path, where: object, actual: str, wanted: str) -> str:
+    origin = next(ref.origin for ref in recipe.bases.values() if ref.identity == wanted)
+    return (
+        f"{where} is another base: its identity is {actual}, {path.name} was made on {wanted}"
+        + (f" ({origin})" if origin else "")
+    )
 
 
 def _names(tensors: Payloads) -> Iterable[str]:

@@ -230,7 +230,7 @@ class Learned(Model):
     part: Literal["whole", "slice", "survivors"] = "whole"
     dim: Annotated[int, Field(ge=0, lt=16)] | None = None
     count: Count | None = None
-    start: RandomSource | BaseSource | None = None
+    start: RandomSource | BaseSource | ConstantSource | None = None
 
     @model_validator(mode="after")
     def _slices_have_both(self) -> Learned:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import os
+from pathlib import Path
 from typing import Any
+
+from randsurgery.format.container import write_atomically
 
 
 def plot_curves(records: list[dict[str, Any]], path: str | os.PathLike[str]) -> None:
     """Loss and accuracy by epoch, and what else a technique records (flipped mask bits, the scale
-    of a fixed classifier), to a .png, .svg or .pdf file."""
+    of a fixed classifier), to a .png, .svg or .pdf file. Raises OutputError."""
     from matplotlib.figure import Figure
 
     epochs = [record["epoch"] for record in records]
@@ -31,4 +35,6 @@ def plot_curves(records: list[dict[str, Any]], path: str | os.PathLike[str]) -> 
         axes.xaxis.get_major_locator().set_params(integer=True)
         if lines[0][1]:
             axes.legend(frameon=False)
-    figure.savefig(path)
+    picture = io.BytesIO()
+    figure.savefig(picture, format=Path(path).suffix.lower().removeprefix("."), dpi=150)
+    write_atomically(path, iter([picture.getvalue()]))

@@ -12,8 +12,14 @@ from randsurgery.format.container import check_output
 from randsurgery.format.writing import write_checkpoint
 from randsurgery.jobs import runs
 from randsurgery.jobs.records import keep_base, with_provenance
-from randsurgery.jobs.sources import SourceSpec, open_source, resolve_source
-from randsurgery.surgery.heads import FixedKind, describe_head, with_fixed_head
+from randsurgery.jobs.sources import SourceSpec, masked_tensors, open_source, resolve_source
+from randsurgery.surgery.heads import (
+    FixedKind,
+    describe_head,
+    head_sentence,
+    with_fixed_head,
+    with_head,
+)
 from randsurgery.surgery.modules import meta_module
 from randsurgery.surgery.plans import (
     Freeze,
@@ -47,6 +53,7 @@ class PreparedFreeze:
     layers: tuple[LayerCount, ...]
     output: Path
     head: dict[str, Any] | None = None  # of a fixed classifier
+    notes: tuple[str, ...] = ()  # what the user is to know
 
     @property
     def learned(self) -> int:
@@ -74,24 +81,48 @@ def prepare_freeze(plan: FreezePlan) -> PreparedFreeze:
     if plan.zero and not plan.wish.slices:
         raise UsageError("--fill zero goes with --fraction or --count")
     source = resolve_source(plan.source)
+    seed = source.seed or 0
+    if source.is_file and plan.head is not None:
+        source = replace(source, seed=None)  # it is that of the classifier's rows alone
     plan = replace(plan, source=source)
     stem = Path(source.name).stem if source.is_file else source.name
-    output = check_output(plan.output or f"{stem}-plan.safetensors", force=plan.force)
+    output = Path(plan.output or f"{stem}-plan.safetensors")
     with runs.closing_on_error() as stack:
-        made = stack.enter_context(open_source(source))
+        made = stack.enter_context(_opened(source))
+        revived = masked_tensors(made.recipe, made.member()) if plan.wish.slices else set()
         if plan.head is not None:
-            seed = source.seed or 0
             made = with_fixed_head(made, plan.head, seed=seed, scale=plan.head_scale)
         model = meta_module(made)
         chosen = make_plan(model, plan.wish)
         layers = tuple(count_layers(model, chosen))
         made = zero_filled(made, chosen) if plan.zero else with_plan(made, chosen)
         head = describe_head(made)
-    return PreparedFreeze(plan, made, layers, output, head)
+        revived &= {name for name, part in chosen.tensors.items() if part.part == "slice"}
+    return PreparedFreeze(plan, made, layers, output, head, _notes(head, revived))
+
+
+def _opened(source: SourceSpec) -> Checkpoint:
+    """The network; a file's for as many classes as were asked for."""
+    classes = source.args.get("num_classes")
+    if not source.is_file or not isinstance(classes, int):
+        return open_source(source)
+    others = {key: value for key, value in source.args.items() if key != "num_classes"}
+    return with_head(open_source(replace(source, args=others)), classes)
+
+
+def _notes(head: dict[str, Any] | None, revived: set[str]) -> tuple[str, ...]:
+    notes = [] if head is None else [head_sentence(head)]
+    if revived:
+        notes.append(
+            f"{len(revived)} of the sliced tensors are masked: within their slices the masked "
+            "weights are learned, too (train the file itself to learn the survivors alone)"
+        )
+    return tuple(notes)
 
 
 def run_freeze(job: PreparedFreeze) -> int:
-    """Write the plan; returns the file's bytes."""
+    """Write the plan; returns the file's bytes. Raises OutputError if the file exists already."""
+    check_output(job.output, force=job.plan.force)
     keep_base(job.checkpoint, job.output)
     settings = {
         key: str(value) if key == "fraction" and value is not None else value

@@ -62,15 +62,18 @@ def prepare_popup(plan: PopupPlan) -> PreparedPopup:
 
 def run_popup(job: PreparedPopup, hooks: Hooks | None = None) -> Result:
     """Train the masks (or draw them), then write, re-read and verify the file."""
+    return runs.carry_out(job.run, _technique(job), hooks)
+
+
+def _technique(job: PreparedPopup) -> Technique:
     wanted = job.plan.popup
-    technique = Technique(
+    return Technique(
         command="popup",
         attach=lambda model: popup.attach(model, wanted),
         settings=_settings(job),
         watch=_watch_flips if wanted.mask == "learned" else None,
         scores=job.plan.save_scores,
     )
-    return runs.carry_out(job.run, technique, hooks)
 
 
 def _watch_flips(model: nn.Module) -> Hooks:
@@ -118,4 +121,4 @@ def popup_facts(job: PreparedPopup) -> dict[str, Any]:
         "masked_weights": sum(sizes),
         "kept_weights": sum(kept_count(wanted.share, size) for size in sizes),
     }
-    return runs.facts(job.run, own, _settings(job))
+    return runs.facts(job.run, own, _technique(job))

@@ -17,6 +17,9 @@ from randsurgery.format.container import pack, write_atomically
 from randsurgery.format.recipe import DatasetSpec
 from randsurgery.training.loop import Record
 
+SECONDS = "seconds"
+"""The figure of a record that differs from run to run, and so stays out of files."""
+
 
 def versions() -> dict[str, str]:
     """The versions that a result may depend on."""
@@ -36,7 +39,7 @@ def with_provenance(
         "versions": versions(),
     }
     if records:
-        provenance["metrics"] = records[-1]
+        provenance["metrics"] = {k: v for k, v in records[-1].items() if k != SECONDS}
     member = checkpoint.member().model_copy(update={"provenance": provenance})
     return replace(checkpoint, recipe=checkpoint.recipe.with_member(member))
 
@@ -108,7 +111,8 @@ def _tensorboard(output: Path) -> Any:
         raise UsageError(
             "--log-to tensorboard needs the tensorboard package: pip install tensorboard"
         ) from None
-    return SummaryWriter(str(output.with_name(f"{output.stem}.tensorboard")))
+    # purge_step: what a stopped run wrote there is not shown twice
+    return SummaryWriter(str(output.with_name(f"{output.stem}.tensorboard")), purge_step=0)
 
 
 @contextmanager

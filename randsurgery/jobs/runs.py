@@ -29,6 +29,7 @@ from randsurgery.jobs.inputs import (
     resolve_dataset,
 )
 from randsurgery.jobs.records import (
+    SECONDS,
     Recorder,
     keep_base,
     metrics_path,
@@ -204,9 +205,9 @@ def _outputs(plan: RunPlan, name: Path) -> Path:
     for beside in (metrics_path(output), settings_path(output)):
         check_output(beside, force=plan.force)
     if plan.plot is not None:
-        if Path(plan.plot).suffix not in (".png", ".svg", ".pdf"):
+        if Path(plan.plot).suffix.lower() not in (".png", ".svg", ".pdf"):
             raise UsageError(f"--plot must end in .png, .svg or .pdf, found {plan.plot!r}")
-        check_output(plan.plot, force=True)
+        check_output(plan.plot, force=plan.force)
     if plan.resume not in (None, "auto") and not Path(str(plan.resume)).is_file():
         raise UsageError(f"--resume {plan.resume}: no such file; pass auto to start without one")
     if unknown := [name for name in plan.log_to if name != "tensorboard"]:
@@ -240,7 +241,7 @@ def carry_out(job: Prepared, technique: Technique, hooks: Hooks | None = None) -
     """
     plan, state_file = job.plan, state_path(job.output)
     run = identity(job, technique)
-    resumed = _resumed(plan, state_file, run)
+    resumed = resumed_state(job, technique)
     model = build(job.checkpoint).to(job.device)
     technique.attach(model)
     watch = technique.watch(model) if technique.watch else Hooks()
@@ -254,7 +255,7 @@ def carry_out(job: Prepared, technique: Technique, hooks: Hooks | None = None) -
     try:
         with Recorder(job.output, plan.log_to) as recorder:
             recorder.repeat(resumed.values["history"] if resumed else [])
-            hooks = _joined(hooks or Hooks(), watch, recorder, model)
+            hooks = _joined(hooks or Hooks(), watch, recorder, model, resumed)
             hooks.on_state = keep
             hooks.state_every = plan.state_every
             records = fit(model, job.train, job.test, job.settings, hooks, resume=resumed)
@@ -293,22 +294,32 @@ def _options(plan: RunPlan) -> dict[str, Any]:
     }
 
 
-def _resumed(plan: RunPlan, state_file: Path, run: dict[str, Any]) -> RunState | None:
-    if plan.resume is None or (plan.resume == "auto" and not state_file.is_file()):
+def resumed_state(job: Prepared, technique: Technique) -> RunState | None:
+    """The state that the job goes on from, None if it begins. Raises FileFormatError or
+    IncompatibleError."""
+    plan, own = job.plan, state_path(job.output)
+    if plan.resume is None or (plan.resume == "auto" and not own.is_file()):
         return None
-    return read_state(state_file if plan.resume == "auto" else plan.resume, run)
+    return read_state(own if plan.resume == "auto" else plan.resume, identity(job, technique))
 
 
-def _joined(hooks: Hooks, watch: Hooks, recorder: Recorder, model: nn.Module) -> Hooks:
+def _joined(
+    hooks: Hooks, watch: Hooks, recorder: Recorder, model: nn.Module, resumed: RunState | None
+) -> Hooks:
     """The caller's hooks, with what the technique watches and what is recorded."""
-    started = time.monotonic()
+    history = resumed.values["history"] if resumed else []
+    started = time.monotonic() - (history[-1][SECONDS] if history else 0.0)
 
     def extra() -> Record:
         scale = head_scale(model)
-        return {**watch.extra(), **({} if scale is None else {"head_scale": scale})}
+        return {
+            **watch.extra(),
+            **({} if scale is None else {"head_scale": scale}),
+            SECONDS: round(time.monotonic() - started, 3),
+        }
 
     def on_epoch(record: Record) -> None:
-        recorder.write({**record, "seconds": round(time.monotonic() - started, 3)})
+        recorder.write(record)
         hooks.on_epoch(record)
 
     return replace(hooks, extra=extra, on_epoch=on_epoch, memory=watch.memory, recall=watch.recall)
@@ -337,9 +348,10 @@ def closing_on_error() -> Iterator[contextlib.ExitStack]:
         stack.pop_all()
 
 
-def facts(job: Prepared, technique_facts: dict[str, Any], settings: dict[str, Any]) -> Record:
-    """What a job would do, for ``--dry-run``."""
+def facts(job: Prepared, technique_facts: dict[str, Any], technique: Technique) -> Record:
+    """What a job would do, for ``--dry-run``. Raises what a state to go on from would."""
     assert job.checkpoint.recipe.model is not None
+    state = resumed_state(job, technique)
     return {
         "output": str(job.output),
         "model": job.checkpoint.recipe.model.name,
@@ -347,6 +359,7 @@ def facts(job: Prepared, technique_facts: dict[str, Any], settings: dict[str, An
         "train_images": len(job.train),
         "test_images": len(job.test),
         **technique_facts,
-        **settings,
+        **technique.settings,
         **job.settings.to_json(),
+        **({} if state is None else {"resumed_after_step": state.step}),
     }

@@ -17,7 +17,15 @@ from randsurgery.format.checkpoint import (
 from randsurgery.format.container import Container
 from randsurgery.format.fields import SHARED
 from randsurgery.format.rebuild import check_affordable, needed_steps, payload_name, sentence
-from randsurgery.format.recipe import Entry, Member, Recipe, SignsSource, StoredSource
+from randsurgery.format.recipe import (
+    Entry,
+    MaskOverlay,
+    Member,
+    Recipe,
+    ScatterOverlay,
+    SignsSource,
+    StoredSource,
+)
 from randsurgery.jobs.hub import (
     PREFIX,
     architecture_of,
@@ -113,13 +121,30 @@ def open_source(spec: SourceSpec) -> Checkpoint:
 def open_file(spec: SourceSpec) -> Checkpoint:
     """The network in a file, its members as they are. Raises RandsurgeryError, also for options
     that go with an architecture."""
-    given = (spec.pretrained, spec.checkpoint, spec.scaled_for, spec.args, spec.init)
-    if any(given) or spec.seed is not None:
-        raise UsageError(
-            "--init, --init-seed, --pretrained, --checkpoint, --scaled, --width and --model-kwargs "
-            "go with an architecture; a file has its weights already"
-        )
+    given = {
+        "--init": spec.init,
+        "a seed of the weights": spec.seed is not None,
+        "--pretrained": spec.pretrained,
+        "--checkpoint": spec.checkpoint,
+        "scaling for k": spec.scaled_for,
+        "model arguments": spec.args,
+    }
+    if told := [option for option, value in given.items() if value]:
+        goes = f"goes with an architecture; {spec.name} has its weights already"
+        if told == ["model arguments"]:
+            goes = f"({', '.join(spec.args)}) go with an architecture; {spec.name} has its own"
+        raise UsageError(f"{told[0]} {goes}")
     return open_checkpoint(spec.name, spec.base)
+
+
+def masked_tensors(recipe: Recipe, member: Member) -> set[str]:
+    """The tensors of which a mask or a scatter says what is alive."""
+    return {
+        name
+        for name in recipe.tensor_names(member)
+        for overlay in recipe.resolved(member, name).overlays
+        if isinstance(overlay, (MaskOverlay, ScatterOverlay))
+    }
 
 
 def _open_dense(spec: SourceSpec) -> Checkpoint:

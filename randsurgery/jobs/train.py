@@ -7,11 +7,12 @@ from typing import Any
 
 from torch import nn
 
-from randsurgery.format.recipe import Learned, MaskOverlay, Plan, ScatterOverlay
+from randsurgery.format.recipe import Learned, Plan
 from randsurgery.jobs import runs
 from randsurgery.jobs.runs import Prepared, Result, RunPlan, Technique
+from randsurgery.jobs.sources import masked_tensors
 from randsurgery.surgery.heads import fixed_heads
-from randsurgery.surgery.modules import learn_plan, meta_module
+from randsurgery.surgery.modules import learn_plan, meta_module, survivor_mask
 from randsurgery.surgery.plans import count_layers, survivors
 from randsurgery.training.loop import Hooks
 
@@ -31,13 +32,7 @@ def _planned(job: Prepared) -> Any:
     if who.plan is not None:
         own = _refitted(who.plan, model) if job.plan.head is not None else who.plan
     else:
-        masked = {
-            name
-            for name in checkpoint.recipe.tensor_names(who)
-            for overlay in checkpoint.recipe.resolved(who, name).overlays
-            if isinstance(overlay, (MaskOverlay, ScatterOverlay))
-        }
-        own = survivors(model, masked)
+        own = survivors(model, masked_tensors(checkpoint.recipe, who))
     recipe = checkpoint.recipe.with_member(who.model_copy(update={"plan": own}))
     return replace(checkpoint, recipe=recipe)
 
@@ -55,18 +50,24 @@ def _refitted(plan: Plan, model: nn.Module) -> Plan:
 
 def run_train(job: Prepared, hooks: Hooks | None = None) -> Result:
     """Learn the plan, then write, re-read and verify the file."""
-    technique = Technique(
+    return runs.carry_out(job, _technique(job), hooks)
+
+
+def _technique(job: Prepared) -> Technique:
+    return Technique(
         command="train",
         attach=lambda model: learn_plan(model, job.checkpoint),
         settings=runs.source_settings(job.plan),
     )
-    return runs.carry_out(job, technique, hooks)
 
 
 def train_facts(job: Prepared) -> dict[str, Any]:
     """What a training job would do, for ``--dry-run``."""
-    plan = job.checkpoint.member().plan
-    assert plan is not None
-    rows = count_layers(meta_module(job.checkpoint), plan)
+    who = job.checkpoint.member()
+    assert who.plan is not None
+    parts = who.plan.tensors
+    alive = {name: survivor_mask(job.checkpoint, who, name).count
+             for name, part in parts.items() if part.part == "survivors"}  # fmt: skip
+    rows = count_layers(meta_module(job.checkpoint), who.plan, alive)
     own = {"learned": sum(row.learned for row in rows), "total": sum(row.total for row in rows)}
-    return runs.facts(job, own, runs.source_settings(job.plan))
+    return runs.facts(job, own, _technique(job))

@@ -7,7 +7,7 @@ tensors and slices, which a file keeps as its plan.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Literal, get_args
@@ -35,10 +35,11 @@ class Freeze:
 
     fraction: share of each layer's filters, (0, 1], parsed as a decimal. count: their number
     instead. dim: the dimension that is sliced. only: patterns of the layers that are learned,
-    whole unless ``fraction`` or ``count`` slices them. norms: scales and shifts learned.
-    statistics: running statistics follow the data or stay. head: the classifier learned (whole) or
-    frozen; None: learned unless ``only`` leaves it out. linear: other linear layers sliced like
-    convolutions, or learned whole (the paper's rule). least: filters learned at least in a layer.
+    whole unless ``fraction`` or ``count`` slices them; without any of the three, every layer is.
+    norms: scales and shifts learned. statistics: running statistics follow the data or stay. head:
+    the classifier learned (whole) or frozen; None: learned unless ``only`` leaves it out. linear:
+    other linear layers sliced like convolutions, or learned whole (the paper's rule). least:
+    filters learned at least in a layer.
     """
 
     fraction: str | float | Fraction | None = None
@@ -77,14 +78,10 @@ class Freeze:
             raise UsageError(f"unknown --dim {self.dim!r}, expected {', '.join(get_args(Dim))}")
         if self.linear not in ("sliced", "whole"):
             raise UsageError(f"unknown --linear {self.linear!r}, expected sliced or whole")
-        if not self.slices and not self.only and self.head != "learned":
-            raise UsageError("nothing would be learned; give --fraction, --count or --only")
+        if self.count is not None and self.least > self.count:
+            raise UsageError(f"--count {self.count} and --min {self.least} contradict each other")
         if not self.slices and (self.dim != "out" or self.linear != "sliced" or self.least):
             raise UsageError("--dim, --linear and --min go with --fraction or --count")
-        if "@norm" in self.only and not self.norms:
-            raise UsageError("--only @norm and --norms frozen contradict each other")
-        if "@head" in self.only and self.head == "frozen":
-            raise UsageError("--only @head and --head frozen contradict each other")
 
 
 def dim_index(module: nn.Module, dims: int, dim: Dim) -> int | None:
@@ -121,6 +118,11 @@ def _slices(name: str, module: nn.Module, wish: Freeze, empty: list[str]) -> dic
                 f"{full} ({type(module).__name__}) is not a plain filter tensor; name other layers "
                 "with --only"
             )
+        if wish.dim == "out" and isinstance(module, _ConvTransposeNd) and module.groups > 1:
+            raise IncompatibleError(
+                f"{full} has groups, which share its out dimension; choose --dim in, or name other "
+                "layers with --only"
+            )
         dim = dim_index(module, weight.dim(), wish.dim)
         if dim is None:
             raise UsageError(
@@ -151,17 +153,17 @@ def _whole(name: str, module: nn.Module) -> dict[str, Learned]:
 def make_plan(model: nn.Module, wish: Freeze) -> Plan:
     """The tensors and slices that a wish names, for a module (on meta will do).
 
-    Without ``only``: the slices of every layer, all norms and the whole classifier. With ``only``:
-    the matched layers and all norms. Raises UsageError or IncompatibleError: contradictions, a
-    pattern that matches nothing, a dimension that a layer lacks, layers of which nothing would be
-    learned, nothing learned at all.
+    Without ``only``: the slices of every layer, or every layer whole, all norms and the whole
+    classifier. With ``only``: the matched layers and all norms. Raises UsageError or
+    IncompatibleError: contradictions, a pattern that matches nothing, a dimension that a layer
+    lacks, layers of which nothing would be learned, nothing learned or nothing frozen at all.
     """
     wish.check()
-    named = select_modules(model, wish.only) if wish.only else None
     heads = select_modules(model, ("@head",)) if classifier_names(model) else set()
     heads |= set(fixed_heads(model))
+    named = _named(model, wish, heads)
     use_head = wish.head != "frozen" and (
-        wish.head == "learned" or (named is None and wish.slices) or bool(named and heads <= named)
+        wish.head == "learned" or named is None or (bool(heads) and heads <= named)
     )
     learned: dict[str, Learned] = {}
     empty: list[str] = []
@@ -174,18 +176,53 @@ def make_plan(model: nn.Module, wish: Freeze) -> Plan:
             learned |= _whole(name, module) if wish.norms else {}
         elif not chosen:
             continue
-        elif not wish.slices:
-            learned |= _whole(name, module) if named is not None else {}
-        elif isinstance(module, nn.Linear) and wish.linear == "whole":
+        elif not wish.slices or (isinstance(module, nn.Linear) and wish.linear == "whole"):
             learned |= _whole(name, module)
         else:
             learned |= _slices(name, module, wish, empty)
     if empty:
-        shown = ", ".join(empty[:5]) + (f" and {len(empty) - 5} more" if len(empty) > 5 else "")
-        raise UsageError(f"no filter would be learned in {shown}; pass --min 1 or a larger share")
-    if not learned:
+        raise UsageError(
+            f"no filter would be learned in {', '.join(empty)}; pass --min 1 or a larger share"
+        )
+    plan = Plan(tensors=dict(sorted(learned.items())), statistics=wish.statistics)
+    _check_use(model, wish, plan)
+    return plan
+
+
+def _named(model: nn.Module, wish: Freeze, heads: set[str]) -> set[str] | None:
+    """The modules that ``only`` names. Raises UsageError for a pattern that names nothing but what
+    another option freezes."""
+    if not wish.only:
+        return None
+    named: set[str] = set()
+    norms = {name for name, module in model.named_modules() if is_norm(module)}
+    for pattern in wish.only:
+        hits = select_modules(model, (pattern,))
+        for frozen, option, what in (
+            (not wish.norms, "--norms frozen", norms),
+            (wish.head == "frozen", "--head frozen", heads),
+        ):
+            if frozen and hits <= what:
+                raise UsageError(f"--only {pattern} and {option} contradict each other")
+        named |= hits
+    return named
+
+
+def _check_use(model: nn.Module, wish: Freeze, plan: Plan) -> None:
+    """Raises UsageError for options that came to nothing."""
+    if not plan.tensors:
         raise UsageError("nothing would be learned; give --fraction, --count or --only")
-    return Plan(tensors=dict(sorted(learned.items())), statistics=wish.statistics)
+    if wish.slices and all(part.part == "whole" for part in plan.tensors.values()):
+        option = "--count" if wish.fraction is None else "--fraction"
+        raise UsageError(
+            f"{option} slices nothing: norms and the classifier are learned whole, and so are "
+            "linear layers with --linear whole; leave it out, or name other layers with --only"
+        )
+    told = wish.only or wish.slices or fixed_heads(model) or wish.statistics == "frozen"
+    if not told and plan.tensors == everything(model).tensors:
+        raise UsageError(
+            "nothing would be frozen; give --fraction, --count, --only, or what is to be frozen"
+        )
 
 
 def everything(model: nn.Module) -> Plan:
@@ -212,8 +249,10 @@ class LayerCount:
     total: int
 
 
-def learned_size(part: Learned | None, shape: tuple[int, ...]) -> int:
-    """The number of learned elements of a tensor; survivors count as whole (their mask knows)."""
+def learned_size(part: Learned | None, shape: tuple[int, ...], alive: int | None = None) -> int:
+    """The number of learned elements of a tensor; ``alive``: of its survivors."""
+    if part is not None and part.part == "survivors" and alive is not None:
+        return alive
     size = 1
     for index, length in enumerate(shape):
         sliced = part is not None and part.part == "slice" and part.dim == index
@@ -221,18 +260,21 @@ def learned_size(part: Learned | None, shape: tuple[int, ...]) -> int:
     return size if part is not None else 0
 
 
-def count_layers(model: nn.Module, plan: Plan) -> list[LayerCount]:
-    """Learned and all parameters by layer, in the module's order; buffers are not counted."""
+def count_layers(
+    model: nn.Module, plan: Plan, alive: Mapping[str, int] | None = None
+) -> list[LayerCount]:
+    """Learned and all parameters by layer, in the module's order; buffers are not counted.
+    ``alive``: how many survivors a masked tensor has; without it they count as the whole tensor."""
     rows: list[LayerCount] = []
     for name, module in model.named_modules():
         prefix = f"{name}." if name else ""
         own = [
-            (plan.tensors.get(prefix + leaf), tuple(tensor.shape))
+            (plan.tensors.get(full := prefix + leaf), tuple(tensor.shape), (alive or {}).get(full))
             for leaf, tensor in module.named_parameters(recurse=False)
         ]
         if own:
-            total = sum(learned_size(WHOLE, shape) for _, shape in own)
-            learned = sum(learned_size(part, shape) for part, shape in own)
+            total = sum(learned_size(WHOLE, shape) for _, shape, _ in own)
+            learned = sum(learned_size(*one) for one in own)
             rows.append(LayerCount(name or type(module).__name__, learned, total))
     return rows
 
@@ -256,9 +298,10 @@ def zero_filled(checkpoint: Checkpoint, plan: Plan) -> Checkpoint:
                 f"--fill zero needs weights from a seed or a base, but {name} is "
                 f"{entry.source.kind} with {len(entry.overlays)} overlays"
             )
-        if not isinstance(entry.source, ConstantSource):
-            parts[name] = part.model_copy(update={"start": entry.source})
         zero = ConstantSource(value=hex_float(0.0))
+        if entry.source == zero:
+            continue
+        parts[name] = part.model_copy(update={"start": entry.source})
         tensors[name] = entry.model_copy(update={"source": zero, "digest": None})
     recipe = checkpoint.recipe.model_copy(update={"tensors": tensors, "backbone_id": None})
     return with_plan(replace(checkpoint, recipe=recipe), plan.model_copy(update={"tensors": parts}))

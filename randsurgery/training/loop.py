@@ -107,7 +107,8 @@ def start(model: nn.Module, train: Data, settings: TrainSettings) -> Run:
 
 
 def check_settings(settings: TrainSettings) -> None:
-    """Set a run up on one number, to know before any work that it can be. Raises UsageError."""
+    """Set a run up on one number and step, to know before any work that it can be. Raises
+    UsageError."""
     if settings.clip_grad is not None and not settings.clip_grad > 0:
         raise UsageError(f"--clip-grad must be above 0, found {settings.clip_grad}")
     for name, value in (("--lr", settings.lr), ("--weight-decay", settings.weight_decay)):
@@ -115,7 +116,16 @@ def check_settings(settings: TrainSettings) -> None:
             raise UsageError(f"{name} must be a number from 0 on, found {value}")
     if not 0 <= settings.momentum < 1:
         raise UsageError(f"--momentum must lie in [0, 1), found {settings.momentum}")
-    _set_up([nn.Parameter(torch.zeros(1))], settings, 1)
+    number = nn.Parameter(torch.zeros(1))
+    optimizer, _ = _set_up([number], settings, 1)
+    number.grad = torch.zeros(1)
+    try:
+        optimizer.step()
+    except (RuntimeError, TypeError) as error:  # some need second derivatives, or a closure
+        raise UsageError(
+            f"--opt {settings.opt} cannot be used here: its step needs more than a gradient "
+            f"({reason(error)})"
+        ) from None
 
 
 def _set_up(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from randsurgery.errors import FileFormatError, IncompatibleError
+from randsurgery.errors import FileFormatError, IncompatibleError, reason
+from randsurgery.format.canonical import canonical_json, digest
 from randsurgery.format.container import Container, pack, write_atomically
+from randsurgery.format.tensors import RawTensor
 from randsurgery.surgery.tensors import NAMES, TORCH, from_torch, to_torch
 
 STATE_KEY = "randsurgery_state"
+DIGEST_KEY = "randsurgery_state_digest"
 VERSION = 1
 
 
@@ -81,8 +85,14 @@ class RunState:
             index, _, key = name.partition("/")
             state.setdefault(int(index), {})[key] = tensor.clone()
         fresh = optimizer.state_dict()["param_groups"]
-        groups = [_group(*pair) for pair in zip(self.values["groups"], fresh, strict=True)]
-        optimizer.load_state_dict({"state": state, "param_groups": groups})
+        try:
+            groups = [_group(*pair) for pair in zip(self.values["groups"], fresh, strict=True)]
+            optimizer.load_state_dict({"state": state, "param_groups": groups})
+        except (KeyError, ValueError) as error:
+            raise IncompatibleError(
+                f"the state's optimiser is another one than here ({reason(error)}); resume with "
+                "the versions of torch and timm that it was written with"
+            ) from None
 
 
 def _plain(group: dict[str, Any]) -> dict[str, Any]:
@@ -126,7 +136,14 @@ def write_state(path: Path, state: RunState, run: dict[str, Any]) -> None:
         sort_keys=True, allow_nan=False,
     )  # fmt: skip
     tensors = {name: from_torch(tensor, name) for name, tensor in state.tensors.items()}
-    write_atomically(path, pack(tensors, {"format": "pt", STATE_KEY: text}))
+    metadata = {"format": "pt", STATE_KEY: text, DIGEST_KEY: _digest(text, tensors)}
+    write_atomically(path, pack(tensors, metadata))
+
+
+def _digest(text: str, tensors: Mapping[str, RawTensor]) -> str:
+    """Of the JSON text and every tensor."""
+    parts = {name: digest(tensor.array) for name, tensor in tensors.items()}
+    return digest(canonical_json([text, parts]))
 
 
 def read_state(path: str | os.PathLike[str], run: dict[str, Any]) -> RunState:
@@ -150,5 +167,10 @@ def read_state(path: str | os.PathLike[str], run: dict[str, Any]) -> RunState:
                     f"{path}: is the state of another run: its {key} is "
                     f"{str(theirs.get(key))[:80]}, here it is {str(ours.get(key))[:80]}"
                 )
-        state.tensors = {name: to_torch(file.read(name)) for name in file.infos}
+        raw = {name: file.read(name) for name in file.infos}
+        if file.metadata.get(DIGEST_KEY) != _digest(file.metadata[STATE_KEY], raw):
+            raise FileFormatError(
+                f"{path}: is damaged, its digest does not agree; begin anew with --force"
+            )
+        state.tensors = {name: to_torch(tensor) for name, tensor in raw.items()}
     return state
