@@ -348,10 +348,12 @@ def program(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_a_killed_run_resumed_ends_with_the_same_bytes(here: Path) -> None:
     assert program(*RUN, "-o", "whole.safetensors").returncode == 0
     killed_run("cut.safetensors")
+    Path(".cut.state.safetensors.abcd1234").write_bytes(b"as if it had been killed while writing")
     resumed = program(*RUN, "-o", "cut.safetensors", "--state-every", "3", "--resume", "auto")
     assert resumed.returncode == 0, resumed.stderr
     assert Path("cut.safetensors").read_bytes() == Path("whole.safetensors").read_bytes()
-    assert not Path("cut.state.safetensors").exists()
+    assert not list(here.glob("*.state.*"))
+    assert not list(here.glob(".cut*"))
     lines = [json.loads(line) for line in Path("cut.metrics.jsonl").read_text().splitlines()]
     assert [line["epoch"] for line in lines] == [1, 2, 3]
 
@@ -443,6 +445,18 @@ def test_tensorboard_gets_every_figure(here: Path) -> None:
     record = json.loads(Path("a.metrics.jsonl").read_text())
     assert set(events.Tags()["scalars"]) == set(record) - {"epoch", "step"}
     assert events.Scalars("test_accuracy")[0].value == pytest.approx(record["test_accuracy"])
+
+
+def test_tensorboard_shows_a_resumed_epoch_once(here: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    log_to = ("--log-to", "tensorboard", "-o", "a.safetensors")
+    succeed(*RUN[:4], *QUICK, *log_to)
+    time.sleep(1.1)  # TensorBoard's files are named by the second
+    succeed(*RUN[:4], "--epochs", 2, "-b", 256, *log_to, "--force")
+    events = EventAccumulator("a.tensorboard")
+    events.Reload()
+    assert [point.step for point in events.Scalars("test_accuracy")] == [1, 2]
 
 
 def test_tensorboard_is_named_where_it_is_missing(

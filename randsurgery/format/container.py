@@ -9,6 +9,7 @@ allocated on the word of a header alone: every size is checked against the file'
 from __future__ import annotations
 
 import contextlib
+import glob
 import json
 import os
 import tempfile
@@ -264,6 +265,13 @@ def write_atomically(
         if temporary is not None:
             with contextlib.suppress(OSError):
                 os.unlink(temporary)
+
+
+def clear_unfinished(path: str | os.PathLike[str]) -> None:
+    """Remove what a killed writer of this file left beside it."""
+    target = Path(path)
+    for found in target.parent.glob(f".{glob.escape(target.name)}.????????"):
+        found.unlink(missing_ok=True)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -15,7 +15,7 @@ from torch import nn
 from randsurgery.errors import DataError, DivergedError, IncompatibleError, OutputError, UsageError
 from randsurgery.format.canonical import canonical_json, digest
 from randsurgery.format.checkpoint import Checkpoint
-from randsurgery.format.container import check_output
+from randsurgery.format.container import check_output, clear_unfinished
 from randsurgery.format.recipe import DatasetSpec
 from randsurgery.format.writing import write_checkpoint
 from randsurgery.jobs.inputs import (
@@ -242,6 +242,8 @@ def carry_out(job: Prepared, technique: Technique, hooks: Hooks | None = None) -
     plan, state_file = job.plan, state_path(job.output)
     run = identity(job, technique)
     resumed = resumed_state(job, technique)
+    for name in (job.output.name, state_file.name):
+        clear_unfinished(job.output.with_name(name))
     model = build(job.checkpoint).to(job.device)
     technique.attach(model)
     watch = technique.watch(model) if technique.watch else Hooks()
