@@ -18,25 +18,13 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 import randsurgery
+from benchmarks.popup_step import CASES, CLASSES, Case
 from benchmarks.timing import Action, Timings, in_turn, note, parser_for, report
 from randsurgery.format.checkpoint import Checkpoint
 from randsurgery.surgery.modules import build, learn_plan, meta_module
 from randsurgery.surgery.plans import Freeze, everything, make_plan, with_plan
 
 FRACTION = "0.1"
-CLASSES = 10
-
-
-@dataclass(frozen=True)
-class Case:
-    """A network and the batch it is fed."""
-
-    model: str
-    batch: int
-    size: int
-
-
-CASES = {"resnet18": Case("resnet18", 128, 32), "resnet50": Case("resnet50", 8, 224)}
 
 
 @dataclass

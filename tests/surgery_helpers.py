@@ -20,6 +20,18 @@ from randsurgery.surgery.recipes import make_recipe
 from randsurgery.surgery.tensors import from_torch
 from randsurgery.training.settings import TrainSettings
 
+TABLE_1 = {
+    "densenet_bc_100_12": {
+        "@norm": 23_988, "conv1": 24_636, "block1": 194_484, "block2": 258_996,
+        "block3": 291_252, "fc": 27_418,
+    },
+    "wrn_28_4": {
+        "@norm": 7_200, "conv1": 7_632, "block1": 275_488, "block2": 1_121_312,
+        "block3": 4_463_648, "fc": 9_770,
+    },
+}  # fmt: skip
+"""Learned parameters by what is learned: Rosenfeld & Tsotsos, Table 1."""
+
 CONV2 = {"width": 0.1, "num_classes": 10}
 
 

@@ -757,6 +757,19 @@ def test_another_base_is_refused_and_both_identities_are_named(
     assert identity(wrong, wrong) in str(caught.value)
 
 
+def test_a_base_that_the_file_does_not_build_on_is_refused(written: Path, tmp_path: Path) -> None:
+    path, wrong = move(written, tmp_path), base_tensors()
+    write_base(tmp_path)  # the right one lies beside
+    wrong["b"] = floats("F32", (4,), 99)
+    with pytest.raises(IncompatibleError, match="another base") as caught:
+        read_checkpoint(path, base=wrong)
+    assert identity(wrong, wrong) in str(caught.value)
+    zero = entry("F32", (3,), {"kind": "constant", "value": "0x0.0p+0"})
+    plain = write_raw(tmp_path / "plain.safetensors", tiny(tensors={"w": zero}), Memory())
+    with pytest.raises(IncompatibleError, match="builds on no base"):
+        read_checkpoint(plain, base=wrong)
+
+
 def test_two_bases_one_given_and_one_beside(tmp_path: Path) -> None:
     one, two = Memory({"w": floats("F32", (3,), 1)}), Memory({"w": floats("F32", (3,), 2)})
     write_atomically(tmp_path / "two.safetensors", pack(two, {}))

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from randsurgery.errors import IncompatibleError
-from randsurgery.format.hadamard import MAX_ORDER, coherence, hadamard_rows, order_for
+from randsurgery.format.hadamard import MAX_ORDER, hadamard_rows, order_for
+from randsurgery.surgery.heads import coherence
 
 WIDTHS = (1, 2, 4, 12, 20, 28, 192, 320, 384, 448, 512, 640, 768, 1024, 1280, 1536, 2048)
 

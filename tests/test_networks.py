@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from surgery_helpers import assert_same_state, logits
+from surgery_helpers import TABLE_1, assert_same_state, logits
 from torch import nn
 from torch.nn import functional as F
 
@@ -69,16 +69,6 @@ def test_parameters_in_all(name: str, total: int) -> None:
 
 
 # Rosenfeld & Tsotsos, Table 1: what is learned with one part, the norms of the whole net included
-TABLE_1 = {
-    "densenet_bc_100_12": {
-        "@norm": 23_988, "conv1": 24_636, "block1": 194_484, "block2": 258_996,
-        "block3": 291_252, "fc": 27_418,
-    },
-    "wrn_28_4": {
-        "@norm": 7_200, "conv1": 7_632, "block1": 275_488, "block2": 1_121_312,
-        "block3": 4_463_648, "fc": 9_770,
-    },
-}  # fmt: skip
 
 
 @pytest.mark.parametrize(

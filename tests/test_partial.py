@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import yaml
-from surgery_helpers import same_bits, save_dense
+from surgery_helpers import TABLE_1, same_bits, save_dense
 from torch import nn
 from typer.testing import CliRunner, Result
 
@@ -60,17 +60,6 @@ def made_of(path: str) -> dict[str, str]:
 
 
 # --- the papers' counts ---------------------------------------------------------------------------
-
-TABLE_1 = {
-    "densenet_bc_100_12": {
-        "@norm": 23_988, "conv1": 24_636, "block1": 194_484, "block2": 258_996,
-        "block3": 291_252, "fc": 27_418,
-    },
-    "wrn_28_4": {
-        "@norm": 7_200, "conv1": 7_632, "block1": 275_488, "block2": 1_121_312,
-        "block3": 4_463_648, "fc": 9_770,
-    },
-}  # fmt: skip
 
 
 def counted(*arguments: object) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,8 @@ from torch import nn
 import randsurgery as rs
 from randsurgery.errors import IncompatibleError, UsageError
 from randsurgery.format.checkpoint import Checkpoint
-from randsurgery.format.recipe import Learned, Plan
+from randsurgery.format.recipe import ConstantSource, Learned, Plan
+from randsurgery.format.tensors import hex_float
 from randsurgery.inspection.storage import storage
 from randsurgery.surgery import slices
 from randsurgery.surgery.modules import (
@@ -50,13 +52,13 @@ def test_counts_are_exact() -> None:
         (Freeze(), "nothing would be frozen"),
         (Freeze(only=("@norm",), count=2), "--count slices nothing"),
         (Freeze(only=("norm",), norms=False), "--only norm and --norms frozen contradict"),
-        (Freeze(count=1, least=2), "contradict"),
         (Freeze(fraction="0.1", count=2), "exclude each other"),
         (Freeze(fraction="0"), "fraction must lie"),
         (Freeze(fraction="1.1"), "fraction must lie"),
         (Freeze(count=0), "at least 1"),
         (Freeze(fraction="0.1"), r"no filter would be learned in .*conv1\.weight.*--min 1"),
         (Freeze(fraction="0.5", dim="height"), r"hidden\.weight .* has no height.*--linear whole"),
+        (Freeze(count=9, least=10), "contradict"),
         (Freeze(fraction="0.5", dim="depth"), "unknown --dim"),  # type: ignore[arg-type]
         (Freeze(only=("hiden",)), "near: hidden"),
         (Freeze(only=("@norm",), norms=False), "contradict"),
@@ -139,6 +141,17 @@ def test_only_what_was_learned_is_stored(zero: bool, tmp_path: Path) -> None:
     assert all(same_bits(tensor, state[name]) for name, tensor in again.state_dict().items())
     assert same_bits(logits(again), logits(model))
     assert rs.read_recipe(tmp_path / "slim.safetensors").members[0].plan == start.member().plan
+
+
+def test_a_constant_that_is_not_zero_starts_where_it_was() -> None:
+    recipe = make_recipe(net(), seed=3)
+    entry = recipe.recipe.tensors["conv1.bias"]
+    one = entry.model_copy(update={"source": ConstantSource(value=hex_float(1.0))})
+    tensors = {**recipe.recipe.tensors, "conv1.bias": one}
+    recipe = replace(recipe, recipe=recipe.recipe.model_copy(update={"tensors": tensors}))
+    start = zero_filled(recipe, make_plan(net(), Freeze(count=2)))
+    model = learn_plan(build(start, model=net()), start)
+    assert model.conv1.bias.tolist() == [1, 1, 0, 0, 0, 0, 0, 0]  # type: ignore[operator, union-attr]
 
 
 def test_a_plan_file_is_a_few_kilobytes_and_the_network_as_drawn(tmp_path: Path) -> None:

@@ -58,7 +58,10 @@ def init(
     spec, path = job.resolve_init(spec, output, force=force)
     with job.open_source(spec) as made:
         if dry_run:
-            note(f"would write {path}: {len(made.recipe.tensors)} tensors")
+            count = len(made.recipe.tensors)
+            if json:
+                print_json({"path": str(path), "tensors": count})
+            note(f"would write {path}: {count} tensors")
             return
         job.run_init(spec, made, path, force=force)
     report = storage(path)

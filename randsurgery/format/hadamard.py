@@ -120,10 +120,3 @@ def hadamard_rows(rows: int, columns: int) -> I8Array:
             if len(found) == rows:
                 return np.stack(list(found.values()))
     raise IncompatibleError(f"there are no {rows} distinct hadamard rows of {columns} columns")
-
-
-def coherence(matrix: npt.NDArray[np.int8]) -> float:
-    """The largest |cosine| between two different rows; 0 for orthogonal rows."""
-    gram = np.abs(matrix.astype(np.float64) @ matrix.T.astype(np.float64)) / matrix.shape[1]
-    np.fill_diagonal(gram, 0.0)
-    return float(gram.max(initial=0.0))

@@ -122,7 +122,7 @@ def meta_module(checkpoint: Checkpoint, member: str | None = None) -> nn.Module:
     """The member's network on meta: its layers, names and shapes without memory. Raises
     IncompatibleError if the file names no architecture."""
     if checkpoint.recipe.model is None:
-        raise IncompatibleError("the file names no architecture; pass your own: load(path, model=)")
+        raise IncompatibleError("the recipe names no architecture; pass your own module as model=")
     return _with_head_of(checkpoint.member(member), build_meta(checkpoint.recipe.model))
 
 
