@@ -105,7 +105,7 @@ def examine(name: str, census: Census) -> None:
             raise ValueError(f"{tensor_name}: fan in {role.fan_in}, fan out {role.fan_out}")
         source = planned_source(role, "signed-constant", 0, None)
         entries[tensor_name] = entry_of(tensor_name, tensor, source)
-    head = head_of(model, state)
+    head = head_of(model)
     recipe = Recipe(model=spec, tensors=entries, members=(Member(head=head),))
     if fault := next(faults_of(model, recipe.tensors), None):
         raise ValueError(fault)

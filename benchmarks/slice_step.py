@@ -76,8 +76,8 @@ def file_ratio(run: Run) -> float:
     """The learned network's file against its dense float32 weights."""
     with tempfile.TemporaryDirectory() as folder:
         written = randsurgery.save(Path(folder) / "slim.safetensors", run.start, run.model.cpu())
-    dense = sum(t.numel() * t.element_size() for t in build(run.start).state_dict().values())
-    return written / dense
+    state: dict[str, torch.Tensor] = build(run.start).state_dict()
+    return written / sum(t.numel() * t.element_size() for t in state.values())
 
 
 def main() -> None:

@@ -175,7 +175,7 @@ def test_a_file_can_be_frozen_for_other_classes_and_with_other_rows(here: Path) 
     words = fails(2, "freeze", "a.safetensors", "--only", "fc", "--seed", 3)
     assert "a seed of the weights goes with an architecture" in words
     words = fails(2, "freeze", "a.safetensors", "--only", "fc", "--img-size", 64)
-    assert "model arguments (img_size) go with an architecture" in words
+    assert "the model argument img_size goes with an architecture" in words
 
 
 def test_counting_asks_nothing_of_the_output(here: Path) -> None:

@@ -127,13 +127,13 @@ def open_file(spec: SourceSpec) -> Checkpoint:
         "--pretrained": spec.pretrained,
         "--checkpoint": spec.checkpoint,
         "scaling for k": spec.scaled_for,
-        "model arguments": spec.args,
+        **{f"the model argument {key}": True for key in spec.args},
     }
-    if told := [option for option, value in given.items() if value]:
-        goes = f"goes with an architecture; {spec.name} has its weights already"
-        if told == ["model arguments"]:
-            goes = f"({', '.join(spec.args)}) go with an architecture; {spec.name} has its own"
-        raise UsageError(f"{told[0]} {goes}")
+    for option, value in given.items():
+        if value:
+            raise UsageError(
+                f"{option} goes with an architecture; {spec.name} has its weights already"
+            )
     return open_checkpoint(spec.name, spec.base)
 
 
