@@ -59,4 +59,6 @@ def _work(job: Prepared, run: RunOptions, work: Callable[[Hooks], Result]) -> No
     render.show_storage(report, tensors=False)
     note(f"written and verified: {result.path}")
     note(f"metrics: {result.metrics_path}")
+    if run.plot is not None:
+        note(f"learning curves: {run.plot}")
     common.out().print(f"test accuracy {last['test_accuracy']:.2%}")
