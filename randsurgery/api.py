@@ -21,13 +21,14 @@ from randsurgery.format.checkpoint import (
 )
 from randsurgery.format.recipe import Recipe
 from randsurgery.format.writing import write_checkpoint
-from randsurgery.surgery import popup
+from randsurgery.surgery import popup, supermask
 from randsurgery.surgery.bases import open_checkpoint
 from randsurgery.surgery.heads import FixedKind, with_fixed_head
 from randsurgery.surgery.modules import build, harvest, learn_plan, meta_module
 from randsurgery.surgery.plans import Freeze, make_plan, with_plan, zero_filled
 from randsurgery.surgery.popup import Popup
 from randsurgery.surgery.recipes import make_recipe
+from randsurgery.surgery.supermask import Supermask
 
 __all__ = [
     "Checkpoint",
@@ -40,6 +41,7 @@ __all__ = [
     "Popup",
     "RandsurgeryError",
     "Recipe",
+    "Supermask",
     "UsageError",
     "attach",
     "build",
@@ -99,15 +101,20 @@ def fix_head(
     return with_fixed_head(recipe, kind, seed=seed, scale=scale)
 
 
-def attach(model: nn.Module, what: Popup | Checkpoint) -> nn.Module:
+def attach(model: nn.Module, what: Popup | Supermask | Checkpoint) -> nn.Module:
     """Make a module learn one part of itself and nothing else. In place; any nn.Module will do.
 
-    A ``Popup`` gives every convolution and linear weight a score, which is learned in its place.
+    A ``Popup`` or a ``Supermask`` gives every convolution and linear weight a score, which is
+    learned in its place.
     A recipe makes the module learn the plan it has, or everything if it has none. The parameters
     that require gradients are then what an optimiser is to have. Raises UsageError or
     IncompatibleError.
     """
-    return popup.attach(model, what) if isinstance(what, Popup) else learn_plan(model, what)
+    if isinstance(what, Popup):
+        return popup.attach(model, what)
+    if isinstance(what, Supermask):
+        return supermask.attach(model, what)
+    return learn_plan(model, what)
 
 
 def save(

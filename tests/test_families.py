@@ -17,8 +17,8 @@ from randsurgery.cli.app import app
 from randsurgery.inspection.storage import storage
 from randsurgery.surgery.architectures import hidden_names
 from randsurgery.surgery.modules import build, plain_state
-from randsurgery.surgery.popup import attached
 from randsurgery.surgery.roles import STANDARDISED
+from randsurgery.surgery.scores import attached
 
 CLASSES = 7
 

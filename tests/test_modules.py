@@ -39,8 +39,9 @@ from randsurgery.jobs.sources import SourceSpec, flatten, open_source
 from randsurgery.surgery.bases import Base, read_base
 from randsurgery.surgery.heads import with_head
 from randsurgery.surgery.modules import build, harvest
-from randsurgery.surgery.popup import Popup, attach, attached
+from randsurgery.surgery.popup import Popup, attach
 from randsurgery.surgery.recipes import make_recipe, make_recipe_on_base
+from randsurgery.surgery.scores import attached
 
 # --- the user's own module -----------------------------------------------------------------------
 
@@ -97,7 +98,7 @@ def test_what_does_not_fit_is_named_before_anything_changes(tmp_path: Path) -> N
 
 def test_a_module_with_scores_cannot_be_filled(tmp_path: Path) -> None:
     path = write(tmp_path / "own.safetensors", make_recipe(everything()))
-    with pytest.raises(UsageError, match="popup scores"):
+    with pytest.raises(UsageError, match="has scores or a plan"):
         rs.load(path, model=attach(everything(), Popup(k="0.5")))
 
 

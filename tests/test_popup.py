@@ -17,8 +17,9 @@ from torch.nn.utils import parametrizations
 from randsurgery.errors import DivergedError, IncompatibleError, UsageError
 from randsurgery.format.generator import generate
 from randsurgery.surgery import popup
-from randsurgery.surgery.popup import Popup, attach, attached, harvest
+from randsurgery.surgery.popup import Popup, attach
 from randsurgery.surgery.roles import select_modules
+from randsurgery.surgery.scores import attached, flipped_share, harvest
 
 
 def kept(model: nn.Module) -> dict[str, int]:
@@ -355,7 +356,7 @@ def test_the_random_baseline_may_learn_norms() -> None:
     assert requiring(model) == {"norm.weight", "norm.bias"}
     train_steps(model)
     after = harvest(model)
-    assert popup.flipped_share(before, after) == 0
+    assert flipped_share(before, after) == 0
 
 
 # --- other modules -------------------------------------------------------------------------------
@@ -369,7 +370,7 @@ def test_a_deep_copy_learns_on_its_own() -> None:
     train_steps(twin)
     assert all(torch.equal(attached(model)[n].scores, before[n]) for n in before)
     assert not all(torch.equal(attached(twin)[n].scores, before[n]) for n in before)
-    assert popup.flipped_share(harvest(model), harvest(twin)) > 0
+    assert flipped_share(harvest(model), harvest(twin)) > 0
 
 
 def test_scores_can_be_attached_once() -> None:
@@ -444,9 +445,9 @@ def test_flipped_share_counts_bits() -> None:
     first = harvest(model)
     with torch.no_grad():
         scores[0], scores[99] = 1000.0, 0.0
-    assert popup.flipped_share(first, first) == 0
-    assert popup.flipped_share(first, harvest(model)) == pytest.approx(0.02)
-    assert 0 < popup.flipped_share(before, first) < 1
+    assert flipped_share(first, first) == 0
+    assert flipped_share(first, harvest(model)) == pytest.approx(0.02)
+    assert 0 < flipped_share(before, first) < 1
 
 
 def test_infinite_scores_are_not_harvested() -> None:

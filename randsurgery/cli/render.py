@@ -117,6 +117,7 @@ def training_progress(epochs: int) -> Iterator[Hooks]:
 
     def on_epoch(record: dict[str, Any]) -> None:
         flips = f", {record['flipped']:.2%} of the mask flipped" if "flipped" in record else ""
+        flips += f", {record['kept']:.1%} kept" if "kept" in record else ""
         note(
             f"epoch {record['epoch']}/{epochs}: train loss {record['train_loss']:.3f}, "
             f"test accuracy {record['test_accuracy']:.2%}{flips}"

@@ -285,12 +285,17 @@ class BaseRef(Model):
         return self
 
 
+Algorithm = Literal["edge-popup", "supermask"]
+"""Whose scores: edge-popup keeps the largest magnitudes, a supermask keeps with sigmoid(score)."""
+
+
 class Member(Model):
     """One network of the checkpoint: the shared entries with its own overlays."""
 
     name: MemberName = "main"
     tensors: dict[TensorName, MemberTensor] = {}
-    scores: dict[TensorName, Digest] = {}  # popup scores, F32; payload ``scores``
+    scores: dict[TensorName, Digest] = {}  # F32; payload ``scores``
+    algorithm: Algorithm = "edge-popup"  # what the scores mean
     head: HeadSpec | None = None
     classes: tuple[Text, ...] | None = None
     dataset: DatasetSpec | None = None

@@ -20,7 +20,11 @@ def plot_curves(records: list[dict[str, Any]], path: str | os.PathLike[str]) -> 
         ("cross entropy", [("train_loss", "training"), ("test_loss", "test")]),
         ("accuracy", [("train_accuracy", "training"), ("test_accuracy", "test")]),
     ]
-    for key, title in (("flipped", "share of mask bits flipped"), ("head_scale", "head scale")):
+    for key, title in (
+        ("flipped", "share of mask bits flipped"),
+        ("kept", "share of weights kept"),
+        ("head_scale", "head scale"),
+    ):
         if any(key in record for record in records):
             panels.append((title, [(key, "")]))
     figure = Figure(figsize=(4.2 * len(panels), 3.2), layout="constrained")

@@ -2,38 +2,70 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import contextlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from randsurgery.errors import UsageError
+from randsurgery.errors import IncompatibleError, UsageError
+from randsurgery.format.checkpoint import Checkpoint
 from randsurgery.format.masks import Mask
 from randsurgery.jobs import runs
 from randsurgery.jobs.runs import Prepared, Result, RunPlan, Technique
-from randsurgery.surgery import popup
+from randsurgery.jobs.sources import SourceSpec, masked_tensors, open_file
+from randsurgery.surgery import popup, scores, supermask
 from randsurgery.surgery.initialisers import kept_count
-from randsurgery.surgery.modules import meta_module
+from randsurgery.surgery.modules import meta_module, survivor_mask
+from randsurgery.surgery.popup import Popup
+from randsurgery.surgery.supermask import Supermask
+from randsurgery.surgery.tickets import rethresholded, with_masks
 from randsurgery.training.loop import Hooks, Record
 from randsurgery.training.settings import TrainSettings
 
 
 @dataclass(frozen=True)
+class FixedMasks(scores.Scoring):
+    """Masks that are there already: nothing about them is learned.
+
+    mask_from: the file whose masks the network gets. k, k_for: or the share that is kept of the
+    source's own scores.
+    """
+
+    mask_from: str | None = field(default=None, kw_only=True)
+    k: str | Fraction | None = field(default=None, kw_only=True)
+    k_for: tuple[tuple[str, str], ...] = field(default=(), kw_only=True)
+
+
+@dataclass(frozen=True)
 class PopupPlan:
-    """A popup job: what every run is told, and what edge-popup is to do."""
+    """A popup job: what every run is told, and how masks are found."""
 
     run: RunPlan
-    popup: popup.Popup
+    wish: Popup | Supermask | FixedMasks
     save_scores: bool = False
+
+    @property
+    def learns(self) -> bool:
+        """True if masks or anything beside them are learned."""
+        still = isinstance(self.wish, FixedMasks) or (
+            isinstance(self.wish, Popup) and self.wish.mask == "random"
+        )
+        return not still or bool(self.wish.learn) or self.run.head is not None
 
 
 @dataclass(frozen=True)
 class PreparedPopup:
-    """A checked popup job."""
+    """A checked popup job. ``sizes``: weights of each masked tensor, and how many of them are
+    kept, None where that is found in training."""
 
     run: Prepared
     plan: PopupPlan
+    sizes: Mapping[str, tuple[int, int | None]]
 
 
 def prepare_popup(plan: PopupPlan) -> PreparedPopup:
@@ -41,23 +73,81 @@ def prepare_popup(plan: PopupPlan) -> PreparedPopup:
 
     The job's checkpoint is to be closed by the caller.
     """
-    _ = plan.popup.share
-    if plan.save_scores and plan.popup.mask != "learned":
-        raise UsageError("--save-scores goes with learned masks; a random one has none worth it")
-    kind = "popup" if plan.popup.mask == "learned" else "random-mask"
-    label = f"{kind}-k{str(plan.popup.k).replace('/', '-')}"
+    wish = plan.wish
+    if isinstance(wish, Popup):
+        _ = wish.share
+    learned = isinstance(wish, Supermask) or (isinstance(wish, Popup) and wish.mask == "learned")
+    if plan.save_scores and not learned:
+        raise UsageError("--save-scores goes with learned masks; others have none worth it")
 
     def defaults(settings: TrainSettings) -> TrainSettings:
-        nothing = plan.popup.mask == "random" and not plan.popup.learn and plan.run.head is None
-        # nothing is learned; one pass settles the statistics
-        return replace(settings, epochs=1) if nothing else settings
+        if isinstance(wish, Supermask):
+            settings = replace(settings, lr=SUPERMASK_LR, weight_decay=0.0)
+        # where nothing is learned, one pass settles the statistics
+        return settings if plan.learns else replace(settings, epochs=1)
 
+    rethresholds = isinstance(wish, FixedMasks) and wish.mask_from is None
     with runs.closing_on_error() as stack:
-        job = runs.prepare(plan.run, stack, label, defaults=defaults)
-        if job.checkpoint.recipe.model is not None:
-            # attached on meta: a pattern that matches nothing is known before any weight is made
-            popup.resolve(meta_module(job.checkpoint), plan.popup)
-    return PreparedPopup(job, plan)
+        job = runs.prepare(plan.run, stack, _label(wish), flat=not rethresholds, defaults=defaults)
+        if isinstance(wish, FixedMasks):
+            job = replace(job, checkpoint=_masked(job, wish, plan.run.source))
+        sizes = _sizes(job.checkpoint, wish)
+    return PreparedPopup(job, plan, sizes)
+
+
+SUPERMASK_LR = 200.0
+"""Ramanujan et al., Section 4.4, found by doubling; their published sampling runs decay nothing."""
+
+
+def _label(wish: Popup | Supermask | FixedMasks) -> str:
+    if isinstance(wish, Supermask):
+        return "supermask"
+    if isinstance(wish, FixedMasks) and wish.mask_from is not None:
+        return "ticket"
+    kind = "random-mask" if isinstance(wish, Popup) and wish.mask == "random" else "popup"
+    return f"{kind}-k{str(wish.k).replace('/', '-')}"
+
+
+def _masked(job: Prepared, wish: FixedMasks, source: SourceSpec) -> Checkpoint:
+    """The job's network under its fixed masks."""
+    if wish.mask_from is not None:
+        return with_masks(job.checkpoint, masks_of(wish.mask_from))
+    assert wish.k is not None
+    if not source.is_file:
+        raise UsageError("--rethreshold goes with a file that popup --save-scores wrote")
+    return rethresholded(job.checkpoint, Popup(wish.k, k_for=wish.k_for))
+
+
+def masks_of(path: str) -> dict[str, Mask]:
+    """The masks of a file by tensor name. Raises IncompatibleError if it has none."""
+    with contextlib.ExitStack() as stack:
+        donor = stack.enter_context(open_file(SourceSpec(path), need_bases=False))
+        who = donor.member()
+        found = {n: survivor_mask(donor, who, n) for n in sorted(masked_tensors(donor.recipe, who))}
+    if not found:
+        raise IncompatibleError(f"{path} has no masks")
+    return found
+
+
+def _sizes(
+    checkpoint: Checkpoint, wish: Popup | Supermask | FixedMasks
+) -> dict[str, tuple[int, int | None]]:
+    """Attached on meta: a pattern that matches nothing is known before any weight is made."""
+    who = checkpoint.member()
+    if isinstance(wish, FixedMasks):
+        scores.select_learned(meta_module(checkpoint), wish)
+        masks = {
+            name: survivor_mask(checkpoint, who, name)
+            for name in masked_tensors(checkpoint.recipe, who)
+        }
+        return {name: (mask.size, mask.count) for name, mask in masks.items()}
+    shell = meta_module(checkpoint)
+    targets, _ = scores.resolve(shell, wish)
+    names = {scores.tensor_name(at, leaf): getattr(m, leaf).numel() for at, m, leaf in targets}
+    if isinstance(wish, Supermask):
+        return {name: (size, None) for name, size in names.items()}
+    shares = popup.shares(shell, wish)
+    return {name: (size, kept_count(shares[name], size)) for name, size in names.items()}
 
 
 def run_popup(job: PreparedPopup, hooks: Hooks | None = None) -> Result:
@@ -66,59 +156,95 @@ def run_popup(job: PreparedPopup, hooks: Hooks | None = None) -> Result:
 
 
 def _technique(job: PreparedPopup) -> Technique:
-    wanted = job.plan.popup
+    wish = job.plan.wish
+
+    def attach(model: nn.Module) -> object:
+        if isinstance(wish, Supermask):
+            return supermask.attach(model, wish)
+        if isinstance(wish, Popup):
+            return popup.attach(model, wish)
+        return scores.learn_beside(model, wish)
+
+    learned = isinstance(wish, Supermask) or (isinstance(wish, Popup) and wish.mask == "learned")
     return Technique(
         command="popup",
-        attach=lambda model: popup.attach(model, wanted),
+        attach=attach,
         settings=_settings(job),
-        watch=_watch_flips if wanted.mask == "learned" else None,
+        options={
+            "mask-from": wish.mask_from if isinstance(wish, FixedMasks) else None,
+            "save-scores": job.plan.save_scores or None,
+        },
+        watch=_watch if learned else None,
         scores=job.plan.save_scores,
     )
 
 
-def _watch_flips(model: nn.Module) -> Hooks:
-    """The share of mask bits that flipped in each epoch. It remembers the last epoch's masks."""
-    before = popup.harvest(model)
+def _watch(model: nn.Module) -> Hooks:
+    """The share of mask bits that flipped in each epoch and, where it is not chosen, the share of
+    weights that is kept. It remembers the last epoch's masks."""
+    found = any(isinstance(s, supermask.SupermaskScores) for s in scores.attached(model).values())
+    before = scores.harvest(model)
 
     def extra() -> Record:
         nonlocal before
-        after = popup.harvest(model)
-        flipped, before = popup.flipped_share(before, after), after
-        return {"flipped": flipped}
+        after = scores.harvest(model)
+        record = {"flipped": scores.flipped_share(before, after)}
+        if found:
+            kept = sum(mask.count for mask in after.values())
+            record["kept"] = kept / sum(mask.size for mask in after.values())
+        before = after
+        return record
 
     def memory() -> dict[str, torch.Tensor]:
-        return {name: torch.from_numpy(mask.packed.copy()) for name, mask in before.items()}
+        packed = {name: torch.from_numpy(mask.packed.copy()) for name, mask in before.items()}
+        counts = [before[name].count for name in sorted(before)]
+        return {**packed, COUNTS: torch.tensor(counts, dtype=torch.int64)}
 
     def recall(tensors: dict[str, torch.Tensor]) -> None:
         nonlocal before
+        counts = dict(zip(sorted(before), tensors[COUNTS].tolist(), strict=True))
         before = {
-            name: Mask(tensor.numpy(), before[name].size, before[name].count)
-            for name, tensor in tensors.items()
+            name: Mask(tensors[name].numpy(), mask.size, counts[name])
+            for name, mask in before.items()
         }
 
     return Hooks(extra=extra, memory=memory, recall=recall)
 
 
+COUNTS = "counts"
+"""Among the remembered masks, whose names have a dot: how many weights each keeps."""
+
+
 def _settings(job: PreparedPopup) -> dict[str, Any]:
     plan, source = job.plan, job.run.plan.source
-    return {
-        "k": str(plan.popup.k),
+    found = {
+        **_mask_settings(plan.wish),
         **runs.source_settings(job.run.plan),
-        **({} if source.is_file else {"scaled": source.scaled_for is not None}),
-        "skip": list(plan.popup.skip),
-        "learn": list(plan.popup.learn),
-        "mask": plan.popup.mask,
+        "learn": list(plan.wish.learn),
     }
+    if isinstance(plan.wish, FixedMasks):
+        return found
+    scaled = {} if source.is_file else {"scaled": source.scaled_for is not None}
+    return {**found, **scaled, "skip": list(plan.wish.skip)}
+
+
+def _mask_settings(wish: Popup | Supermask | FixedMasks) -> dict[str, Any]:
+    if isinstance(wish, Supermask):
+        return {"algorithm": "supermask", "rescale": wish.rescale, "final": wish.final}
+    k_for = {"k_for": [f"{pattern}={k}" for pattern, k in wish.k_for]} if wish.k_for else {}
+    if isinstance(wish, FixedMasks):
+        donor = wish.mask_from and Path(wish.mask_from).name  # no paths in provenance
+        return {"mask_from": donor, "rethreshold": wish.k and str(wish.k), **k_for}
+    return {"algorithm": "edge-popup", "k": str(wish.k), **k_for, "mask": wish.mask}
 
 
 def popup_facts(job: PreparedPopup) -> dict[str, Any]:
     """What a popup job would do, for ``--dry-run``."""
-    wanted = job.plan.popup
-    targets, _ = popup.resolve(meta_module(job.run.checkpoint), wanted)
-    sizes = [getattr(module, leaf).numel() for _, module, leaf in targets]
-    own = {
-        "masked_tensors": len(sizes),
-        "masked_weights": sum(sizes),
-        "kept_weights": sum(kept_count(wanted.share, size) for size in sizes),
+    kept = [count for _, count in job.sizes.values()]
+    own: dict[str, Any] = {
+        "masked_tensors": len(job.sizes),
+        "masked_weights": sum(size for size, _ in job.sizes.values()),
     }
+    if None not in kept:
+        own["kept_weights"] = sum(count or 0 for count in kept)
     return runs.facts(job.run, own, _technique(job))

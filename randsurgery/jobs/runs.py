@@ -110,6 +110,7 @@ class Technique:
     """What a job does to its module and says of itself.
 
     ``attach``: make the module learn. ``settings``: for provenance, and to know the run again.
+    ``options``: further options of the command line, for the settings file.
     ``extra``: given the module, a function for each epoch's further figures, and one that gives and
     one that takes what it remembers. ``scores``: keep popup scores in the file.
     """
@@ -117,6 +118,7 @@ class Technique:
     command: str
     attach: Callable[[nn.Module], object]
     settings: dict[str, Any]
+    options: dict[str, Any] = field(default_factory=dict)
     watch: Callable[[nn.Module], Hooks] | None = None
     scores: bool = False
 
@@ -267,7 +269,8 @@ def carry_out(job: Prepared, technique: Technique, hooks: Hooks | None = None) -
             checkpoint = with_provenance(checkpoint, technique.command, settings, records)
             keep_base(checkpoint, job.output)
             size = write_checkpoint(job.output, checkpoint, force=plan.force)
-            write_settings(job.output, {**settings, **_options(plan)}, job.dataset)
+            options = {**settings, **_options(plan), **technique.options}
+            write_settings(job.output, options, job.dataset)
     except DivergedError as error:
         raise DivergedError(
             f"{error}; the last good state is {state_file}" if kept else str(error)

@@ -12,6 +12,7 @@ from randsurgery.format.checkpoint import (
     Checkpoint,
     Memory,
     finished_bytes,
+    read_checkpoint,
     step_payloads,
 )
 from randsurgery.format.container import Container
@@ -118,9 +119,9 @@ def open_source(spec: SourceSpec) -> Checkpoint:
     return made
 
 
-def open_file(spec: SourceSpec) -> Checkpoint:
+def open_file(spec: SourceSpec, *, need_bases: bool = True) -> Checkpoint:
     """The network in a file, its members as they are. Raises RandsurgeryError, also for options
-    that go with an architecture."""
+    that go with an architecture. ``need_bases`` false: for what its masks alone say."""
     given = {
         "--init": spec.init,
         "a seed of the weights": spec.seed is not None,
@@ -134,6 +135,8 @@ def open_file(spec: SourceSpec) -> Checkpoint:
             raise UsageError(
                 f"{option} goes with an architecture; {spec.name} has its weights already"
             )
+    if not need_bases:
+        return read_checkpoint(local_file(spec.name), need_bases=False)
     return open_checkpoint(spec.name, spec.base)
 
 

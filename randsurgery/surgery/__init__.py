@@ -14,7 +14,10 @@ recipes        module -> recipe
 heads          fixed classifiers
 plans          what is to be learned: fractions, layers, norms, the classifier
 threshold      the exact top-k selection of edge-popup
-popup          edge-popup: attach scores, harvest masks
+scores         scores on weights: attach them, harvest masks
+popup          edge-popup (Ramanujan et al.)
+supermask      supermasks (Zhou et al.)
 slices         partial training: attach a plan to a module
 modules        recipe -> module, module -> recipe
+tickets        masks on other weights, masks chosen anew from scores
 """

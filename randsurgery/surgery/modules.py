@@ -38,11 +38,13 @@ from randsurgery.format.recipe import (
     Overlay,
     Recipe,
     ReplaceOverlay,
+    ScaleOverlay,
     ScatterOverlay,
     SliceOverlay,
 )
 from randsurgery.format.tensors import RawTensor, hex_float
-from randsurgery.surgery import popup, slices
+from randsurgery.surgery import scores as scoring
+from randsurgery.surgery import slices
 from randsurgery.surgery.architectures import build_initialised, build_meta, fill_hidden
 from randsurgery.surgery.heads import install
 from randsurgery.surgery.plans import everything
@@ -98,8 +100,8 @@ def build(
     recipe = checkpoint.recipe
     check_affordable(finished_bytes(recipe, who), "the checkpoint")
     if model is not None:
-        if popup.attached(model) or slices.attached(model):
-            raise UsageError("the given module has popup scores or a plan; pass one without")
+        if scoring.attached(model) or slices.attached(model):
+            raise UsageError("the given module has scores or a plan; pass one without")
         check_fit(recipe, who, model, "the given module", exact=True)
         raw = checkpoint.tensors(who.name, threads)
         _check_ties(model, raw)
@@ -166,7 +168,7 @@ def _copy_into(model: nn.Module, raw: Mapping[str, RawTensor]) -> None:
 def plain_state(model: nn.Module) -> dict[str, torch.Tensor]:
     """The state dict under plain names: masked weights appear unmasked, scores not at all."""
     state = dict(model.state_dict())
-    for name in popup.attached(model):
+    for name in scoring.attached(model):
         module, _, leaf = name.rpartition(".")
         inner = f"{module}.parametrizations.{leaf}." if module else f"parametrizations.{leaf}."
         state[name] = state.pop(inner + "original")
@@ -191,7 +193,7 @@ def harvest(
     state = plain_state(model)
     check_fit(checkpoint.recipe, who, model, "the module")
     payloads = Memory({n: checkpoint.payloads.read(n) for n in _kept_payloads(checkpoint, who)})
-    chosen, alive = popup.harvest(model), slices.survivors(model)
+    chosen, alive = _chosen(model), slices.survivors(model)
     parts = slices.attached(model)
     tensors: dict[str, MemberTensor] = {}
     for name in sorted(state):
@@ -204,11 +206,21 @@ def harvest(
             change = _change(checkpoint, who, name, raw, mask, part, payloads)
         if change is not None:
             tensors[name] = change
-    update: dict[str, object] = {"tensors": tensors, "scores": {}}
-    if scores:
+    update: dict[str, object] = {"tensors": tensors, "scores": {}, "algorithm": "edge-popup"}
+    if scores and chosen:
         update["scores"] = _store_scores(model, who.name, payloads)
+        update["algorithm"] = next(iter(scoring.attached(model).values())).algorithm
     recipe = checkpoint.recipe.with_member(who.model_copy(update=update))
     return Checkpoint(recipe, payloads, checkpoint.bases)
+
+
+Chosen = tuple[masks.Mask, float]
+"""A mask, and the factor of the weights under it."""
+
+
+def _chosen(model: nn.Module) -> dict[str, Chosen]:
+    layers = scoring.attached(model)
+    return {name: (mask, layers[name].factor) for name, mask in scoring.harvest(model).items()}
 
 
 def _kept_payloads(checkpoint: Checkpoint, member: Member) -> list[str]:
@@ -221,7 +233,7 @@ def _change(
     member: Member,
     name: str,
     raw: RawTensor,
-    mask: masks.Mask | None,
+    mask: Chosen | None,
     part: Learned | None,
     payloads: Memory,
 ) -> MemberTensor | None:
@@ -244,7 +256,7 @@ def _change(
         payloads[slot] = payloads.pop("")
         overlays.append(ReplaceOverlay(digest=digest(raw.array)))
     if mask is not None:
-        overlays.append(_mask_overlay(mask, member.name, name, len(overlays), payloads))
+        overlays += _mask_overlays(mask, member.name, name, len(overlays), payloads)
     return MemberTensor(overlays=tuple(overlays)) if overlays else None
 
 
@@ -275,7 +287,7 @@ def _scattered(
 ) -> Entry:
     """Zeros with the survivors' values: the drawn values under them leave no trace, so the
     sentence starts from a constant and the mask is stored once."""
-    bits = _mask_overlay(mask, member.name, name, 0, payloads)
+    bits = mask_overlay(mask, member.name, name, 0, payloads)
     values = RawTensor(raw.dtype, raw.array.reshape(-1)[mask.unpack()])
     payloads[payload_name(member.name, name, "0.values")] = values
     overlay = ScatterOverlay(
@@ -323,15 +335,26 @@ def survivor_mask(checkpoint: Checkpoint, member: Member, name: str) -> masks.Ma
 
 
 def _masked_entry(
-    entry: Entry, member: Member, name: str, mask: masks.Mask | None, payloads: Memory
+    entry: Entry, member: Member, name: str, mask: Chosen | None, payloads: Memory
 ) -> Entry:
     if mask is None:
         return entry
-    overlay = _mask_overlay(mask, member.name, name, 0, payloads)
-    return entry.model_copy(update={"overlays": (overlay,)})
+    overlays = _mask_overlays(mask, member.name, name, 0, payloads)
+    return entry.model_copy(update={"overlays": tuple(overlays)})
 
 
-def _mask_overlay(
+def _mask_overlays(
+    chosen: Chosen, owner: str, name: str, index: int, payloads: Memory
+) -> list[Overlay]:
+    """A mask, and what the weights under it are multiplied by."""
+    mask, factor = chosen
+    found: list[Overlay] = [mask_overlay(mask, owner, name, index, payloads)]
+    if factor != 1.0:
+        found.append(ScaleOverlay(factor=hex_float(factor)))
+    return found
+
+
+def mask_overlay(
     mask: masks.Mask, owner: str, name: str, index: int, payloads: Memory
 ) -> MaskOverlay:
     encoding, payload = masks.encode(mask)
@@ -352,7 +375,7 @@ def _keep(checkpoint: Checkpoint, member: Member, name: str, payloads: Memory) -
 
 def _store_scores(model: nn.Module, owner: str, payloads: Memory) -> dict[str, str]:
     digests: dict[str, str] = {}
-    for name, layer in popup.attached(model).items():
+    for name, layer in scoring.attached(model).items():
         raw = from_torch(layer.scores.detach().clone(), name)
         payloads[payload_name(owner, name, "scores")] = raw
         digests[name] = digest(raw.array)

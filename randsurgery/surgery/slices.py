@@ -20,7 +20,7 @@ from torch.nn.utils import parametrize
 from randsurgery.errors import IncompatibleError, UsageError
 from randsurgery.format.masks import Mask
 from randsurgery.format.recipe import Learned, Plan
-from randsurgery.surgery.popup import owners
+from randsurgery.surgery.scores import owners
 
 # --- plain layers: the gradient of the slice alone ------------------------------------------------
 

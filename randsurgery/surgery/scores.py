@@ -1,0 +1,234 @@
+"""Scores on weights: what edge-popup (Ramanujan et al.) and supermasks (Zhou et al.) share.
+
+A score is a parametrization of one weight. It turns scores into a mask its own way; where scores
+go, what else is learned, and how masks are read off is the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from randsurgery.errors import IncompatibleError, UsageError
+from randsurgery.format.generator import Role, generate
+from randsurgery.format.masks import Mask, popcount
+from randsurgery.format.recipe import Algorithm
+from randsurgery.format.tensors import f32
+from randsurgery.surgery.heads import fixed_heads
+from randsurgery.surgery.initialisers import check_seed
+from randsurgery.surgery.roles import (
+    STANDARDISED,
+    masked_weights,
+    select_modules,
+    tensor_roles,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scoring:
+    """What both algorithms are told.
+
+    seed: of the initial scores. skip: patterns of layers left dense and frozen. learn: patterns
+    (``@norm``, ``@head``) of layers learned beside the mask, not masked.
+    """
+
+    seed: int = 0
+    skip: tuple[str, ...] = ()
+    learn: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for field in ("skip", "learn"):
+            patterns: object = getattr(self, field)
+            if isinstance(patterns, str) or not all(isinstance(p, str) for p in patterns):  # type: ignore[attr-defined]
+                raise UsageError(f"{field} must be a sequence of patterns, found {patterns!r}")
+        check_seed(self.seed)
+
+
+class Scores(nn.Module):
+    """The parametrization of one weight. The masked weight is computed once for each state of the
+    scores, however often it is read. A subclass says what scores mean."""
+
+    def __init__(self, tensor_name: str, scores: torch.Tensor) -> None:
+        super().__init__()
+        self.tensor_name = tensor_name
+        self.scores = nn.Parameter(scores)
+        self._cache: tuple[Any, torch.Tensor] | None = None
+
+    algorithm: ClassVar[Algorithm]
+
+    def masked(self, weight: torch.Tensor) -> torch.Tensor:
+        """The weight under its mask; gradients reach the scores."""
+        raise NotImplementedError
+
+    def mask(self) -> Mask:
+        """The mask that the scores choose now."""
+        raise NotImplementedError
+
+    @property
+    def factor(self) -> float:
+        """What the masked weight is multiplied by, a float32 value."""
+        return 1.0
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        """The weight with its masked elements zeroed; same shape."""
+        state = (
+            self.training,
+            self.scores._version,
+            self.scores.data_ptr(),
+            weight._version,
+            weight.data_ptr(),
+            torch.is_grad_enabled(),
+            self.scores.requires_grad,
+        )
+        if self._cache is None or self._cache[0] != state:
+            self._cache = (state, self.masked(weight))
+        return self._cache[1]
+
+    def forget(self) -> None:
+        """Drop the masked weight, as after a change of the scores that torch does not count."""
+        self._cache = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_cache": None}  # a masked weight can be neither copied nor saved
+
+
+def attached(model: nn.Module) -> dict[str, Scores]:
+    """The scores of a module by tensor name (``layer1.0.conv1.weight``).
+
+    The name is the place in ``model``: a shared layer appears under each of its names, scores
+    attached to a part under the whole's.
+    """
+    return {
+        place.replace("parametrizations.", "").rpartition(".")[0]: layer
+        for place, layer in model.named_modules(remove_duplicate=False)
+        if isinstance(layer, Scores)
+    }
+
+
+def tensor_name(layer: str, leaf: str) -> str:
+    """The name of a layer's parameter; the layer may be the whole module."""
+    return f"{layer}.{leaf}" if layer else leaf
+
+
+Target = tuple[str, nn.Module, str]
+
+
+def resolve(model: nn.Module, wish: Scoring) -> tuple[list[Target], set[str]]:
+    """What ``put_scores`` will mask, as (module name, module, parameter), and the modules that are
+    learned beside. Touches nothing, so a module on meta will do. Raises as it does."""
+    if attached(model):
+        raise UsageError("the module has scores already")
+    left_out = select_modules(model, (*wish.skip, *wish.learn))
+    learned = select_modules(model, wish.learn)
+    targets = [t for t in masked_weights(model) if t[0] not in left_out]
+    if not targets:
+        raise UsageError("no convolution or linear layer is left to mask")
+    holders = owners(model)
+    for name, module, leaf in targets:
+        tied = holders.get(id(module._parameters.get(leaf)), [])
+        if len(tied) > 1:
+            raise IncompatibleError(
+                f"{' and '.join(tied)} are one parameter, which cannot be masked in one place "
+                "only; untie them, or --skip the layers"
+            )
+        if leaf not in module._parameters:
+            raise IncompatibleError(
+                f"{name}.{leaf} has a parametrization already; remove it first, or --skip the layer"
+            )
+        if isinstance(module, STANDARDISED):
+            raise IncompatibleError(
+                f"{name} standardises its weight ({type(module).__name__}), which leaves no zeros "
+                "of a mask; choose another architecture, or --skip such layers"
+            )
+    return targets, learned
+
+
+def owners(model: nn.Module) -> dict[int, list[str]]:
+    """The names of every parameter, one for each module that holds it."""
+    found: dict[int, list[str]] = {}
+    for prefix, module in model.named_modules():
+        for leaf, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            found.setdefault(id(parameter), []).append(f"{prefix}.{leaf}" if prefix else leaf)
+    return found
+
+
+def put_scores(
+    model: nn.Module, wish: Scoring, make: Callable[[str, torch.Tensor, int], Scores]
+) -> nn.Module:
+    """Give every convolution and linear weight a score; freeze everything else. In place.
+
+    ``make`` gets (tensor name, weight, fan in). Afterwards ``model.parameters()`` that
+    require gradients are the scores, what ``wish.learn`` names, and scale and bias of a fixed
+    classifier. Works on any nn.Module. Raises UsageError (a pattern that matches nothing, nothing
+    to mask) or IncompatibleError (a tied weight, a weight-standardised convolution, a weight under
+    another parametrization).
+    """
+    targets, learned = resolve(model, wish)
+    roles = tensor_roles(model)
+    _learn_alone(model, learned)
+    for name, module, leaf in targets:
+        full = tensor_name(name, leaf)
+        layer = make(full, getattr(module, leaf), roles[full].fan_in).eval()
+        parametrize.register_parametrization(module, leaf, layer)  # computes it once
+        layer.train(module.training)
+    model.register_forward_pre_hook(_forget_all)
+    return model
+
+
+def learn_beside(model: nn.Module, wish: Scoring) -> nn.Module:
+    """Learn what ``wish.learn`` names, and scale and bias of a fixed classifier; freeze everything
+    else. In place: for networks whose masks are there already."""
+    _learn_alone(model, select_learned(model, wish))
+    return model
+
+
+def select_learned(model: nn.Module, wish: Scoring) -> set[str]:
+    """The modules that ``wish.learn`` names. Raises UsageError for a pattern without a match."""
+    return select_modules(model, wish.learn)
+
+
+def _learn_alone(model: nn.Module, names: Iterable[str]) -> None:
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    for name in names:
+        for parameter in model.get_submodule(name).parameters(recurse=False):
+            parameter.requires_grad_(True)
+    for head in fixed_heads(model).values():
+        for _, parameter in head.learned_parameters():
+            parameter.requires_grad_(True)
+
+
+def _forget_all(model: nn.Module, _: Any) -> None:
+    """Before each forward pass of the whole: compute every mask anew, once."""
+    for layer in model.modules():
+        if isinstance(layer, Scores):
+            layer.forget()
+
+
+def initial_scores(
+    name: str, weight: torch.Tensor, fan_in: int, seed: int, role: Role = "score"
+) -> torch.Tensor:
+    """Uniform in ±1/sqrt(fan_in), as Kaiming uniform with a = sqrt(5) draws them; the weight's
+    shape and device."""
+    bound = f32(max(fan_in, 1) ** -0.5)
+    values = generate("uniform", weight.numel(), bound, seed=seed, stream=name, role=role)
+    return torch.from_numpy(values.reshape(tuple(weight.shape))).to(weight.device)
+
+
+def harvest(model: nn.Module) -> dict[str, Mask]:
+    """The mask of every scored tensor by name. Leaves the module as it is."""
+    for name, layer in attached(model).items():
+        if not bool(torch.isfinite(layer.scores).all()):
+            raise IncompatibleError(f"{name}: its scores are not finite")
+    return {name: layer.mask() for name, layer in attached(model).items()}
+
+
+def flipped_share(before: dict[str, Mask], after: dict[str, Mask]) -> float:
+    """The share of mask bits that differ between two harvests of one module."""
+    flips = sum(popcount(before[name].packed ^ after[name].packed) for name in after)
+    return flips / max(1, sum(mask.size for mask in after.values()))

@@ -1,0 +1,133 @@
+"""Supermasks (Zhou et al., "Deconstructing Lottery Tickets"; Ramanujan et al., Section 4.4).
+
+Every weight is kept with probability sigmoid(score). In training each forward pass samples a mask
+and the gradient passes straight through it; how many weights stay is not chosen but found. In
+evaluation, and in a file, the mask is fixed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+import torch
+from torch import nn
+
+from randsurgery.errors import UsageError
+from randsurgery.format.generator import generate
+from randsurgery.format.masks import Mask
+from randsurgery.format.tensors import f32
+from randsurgery.surgery.scores import Scores, Scoring, initial_scores, put_scores
+
+Final = Literal["threshold", "sample"]
+
+
+@dataclass(frozen=True)
+class Supermask(Scoring):
+    """What a supermask is to be.
+
+    rescale: masked weights are multiplied by (weights / kept weights) of their tensor, anew for
+    each mask (Zhou et al.'s dynamic weight rescaling).
+    final: the fixed mask keeps what is kept with probability above a half ("threshold"), or is one
+    sample from ``seed`` ("sample").
+    """
+
+    rescale: bool = field(default=False, kw_only=True)
+    final: Final = field(default="threshold", kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_final(self.final)
+
+
+def check_final(name: str) -> Final:
+    """``threshold`` or ``sample``. Raises UsageError."""
+    for kind in get_args(Final):
+        if kind == name:
+            checked: Final = kind
+            return checked
+    raise UsageError(f"unknown --final {name!r}, expected threshold or sample")
+
+
+class _Sampled(torch.autograd.Function):
+    """weight * bits * factor; backward takes the sample for its probability."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, scores: torch.Tensor, weight: torch.Tensor, bits: torch.Tensor, factor: float
+    ) -> torch.Tensor:
+        # kept as attributes, not as saved tensors: one masked weight may serve several backwards
+        ctx.scores, ctx.weight, ctx.factor = scores, weight, factor
+        return apply_mask(weight, bits, factor)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        p = ctx.scores.sigmoid()
+        return gradient * ctx.weight * ctx.factor * p * (1 - p), None, None, None
+
+
+def apply_mask(weight: torch.Tensor, bits: torch.Tensor, factor: float = 1.0) -> torch.Tensor:
+    """The weight where the bit is true and +0.0 elsewhere, times the factor; same shape."""
+    kept = torch.where(bits, weight, torch.zeros((), dtype=weight.dtype, device=weight.device))
+    return kept if factor == 1.0 else kept * factor
+
+
+def rescaling(bits: torch.Tensor) -> float:
+    """weights / kept weights as a float32 value; 1 for a mask that keeps nothing."""
+    kept = int(bits.sum())
+    return f32(bits.numel() / kept) if kept else 1.0
+
+
+def sampled_bits(scores: torch.Tensor, name: str, seed: int) -> torch.Tensor:
+    """One mask, true with probability sigmoid(score), from our generator: a uniform u in [-1, 1)
+    lies below 2 sigmoid(s) - 1 = tanh(s / 2)."""
+    drawn = generate("uniform", scores.numel(), 1.0, seed=seed, stream=name, role="mask")
+    u = torch.from_numpy(drawn).view(scores.shape)
+    return u.to(scores.device) < torch.tanh(scores / 2)
+
+
+class SupermaskScores(Scores):
+    """Scores whose sigmoid is the probability that a weight is kept."""
+
+    algorithm = "supermask"
+
+    def __init__(self, tensor_name: str, scores: torch.Tensor, wish: Supermask) -> None:
+        super().__init__(tensor_name, scores)
+        self.wish = wish
+
+    def bits(self) -> torch.Tensor:
+        """The fixed mask, of the scores' shape."""
+        scores = self.scores.detach()
+        if self.wish.final == "sample":
+            return sampled_bits(scores, self.tensor_name, self.wish.seed)
+        return scores > 0
+
+    def masked(self, weight: torch.Tensor) -> torch.Tensor:
+        """The weight under a sampled mask in training, under the fixed one in evaluation."""
+        scores = self.scores
+        bits = torch.rand_like(scores) < scores.sigmoid() if self.training else self.bits()
+        out: torch.Tensor = _Sampled.apply(scores, weight, bits, self._factor(bits))
+        return out
+
+    def _factor(self, bits: torch.Tensor) -> float:
+        return rescaling(bits) if self.wish.rescale else 1.0
+
+    @property
+    def factor(self) -> float:
+        """What the fixed mask's weights are multiplied by."""
+        return self._factor(self.bits())
+
+    def mask(self) -> Mask:
+        """The fixed mask."""
+        return Mask.of(self.bits().cpu().numpy())
+
+
+def attach(model: nn.Module, wish: Supermask) -> nn.Module:
+    """Give every convolution and linear weight a score; freeze everything else. In place; works on
+    any nn.Module. In training mode masks are drawn from torch's generator, one for each forward
+    pass. Raises as ``put_scores`` does."""
+
+    def make(name: str, weight: torch.Tensor, fan_in: int) -> Scores:
+        return SupermaskScores(name, initial_scores(name, weight, fan_in, wish.seed), wish)
+
+    return put_scores(model, wish, make)
