@@ -14,7 +14,8 @@ from randsurgery import api
 PUBLIC = [
     "Checkpoint", "DataError", "DivergedError", "FileFormatError", "Freeze", "IncompatibleError",
     "OutputError", "Popup", "RandsurgeryError", "Recipe", "Supermask", "UsageError", "__version__",
-    "attach", "build", "fix_head", "freeze", "harvest", "load", "make_recipe", "read_recipe", "save",
+    "attach", "build", "fix_head", "freeze", "harvest", "load", "make_recipe", "read_recipe",
+    "save",
 ]  # fmt: skip
 
 

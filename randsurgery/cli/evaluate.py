@@ -20,6 +20,14 @@ def evaluate(
     dataset_download: common.Download = False,
     batch_size: common.BatchSize = None,
     workers: common.Workers = None,
+    samples: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="Also sample so many masks from a supermask's scores, and give their mean.",
+            rich_help_panel=common.DATA,
+        ),
+    ] = 0,
     amp: common.Amp = None,
     device: common.Device = "auto",
     json: common.Json = False,
@@ -33,7 +41,7 @@ def evaluate(
     from randsurgery.jobs.inputs import DataOptions
 
     data = DataOptions(dataset, data_dir, dataset_download)
-    result, spec, fell_back = run_eval(
+    found = run_eval(
         file,
         data,
         member=member,
@@ -42,17 +50,22 @@ def evaluate(
         workers=workers or 0,
         amp=bool(amp),
         device=device,
+        samples=samples,
     )
-    if fell_back:
+    result = found.fixed
+    if found.fell_back:
         note("no dataset given or recorded: evaluating on digits")
     if json:
-        print_json({"file": file, "dataset": spec.name, **result.to_json()})
+        print_json({"file": file, **found.to_json()})
         return
-    render.show_pairs(
-        [
-            ("dataset", f"{spec.name}, {result.images:,} test images"),
-            ("accuracy", f"{result.accuracy:.4f}"),
-            ("top-5 accuracy", f"{result.top5_accuracy:.4f}"),
-            ("loss", f"{result.loss:.4f}"),
-        ]
-    )
+    rows = [
+        ("dataset", f"{found.dataset.name}, {result.images:,} test images"),
+        ("accuracy", f"{result.accuracy:.4f}"),
+        ("top-5 accuracy", f"{result.top5_accuracy:.4f}"),
+        ("loss", f"{result.loss:.4f}"),
+    ]
+    if found.samples:
+        rows.append(
+            (f"mean of {len(found.samples)} samples", f"{found.mean:.4f} ± {found.deviation:.4f}")
+        )
+    render.show_pairs(rows)

@@ -13,11 +13,14 @@ from typing import Any, Literal, get_args
 import torch
 from torch import nn
 
-from randsurgery.errors import UsageError
+from randsurgery.errors import IncompatibleError, UsageError
+from randsurgery.format.checkpoint import Checkpoint
 from randsurgery.format.generator import generate
 from randsurgery.format.masks import Mask
+from randsurgery.format.recipe import Member, MemberTensor
 from randsurgery.format.tensors import f32
 from randsurgery.surgery.scores import Scores, Scoring, initial_scores, put_scores
+from randsurgery.surgery.tensors import to_torch
 
 Final = Literal["threshold", "sample"]
 
@@ -131,3 +134,50 @@ def attach(model: nn.Module, wish: Supermask) -> nn.Module:
         return SupermaskScores(name, initial_scores(name, weight, fan_in, wish.seed), wish)
 
     return put_scores(model, wish, make)
+
+
+class Sampler:
+    """Sampled masks on a network that was built from a file with a supermask's scores.
+
+    The weights under the masks and the scores are held beside the network: two float32 values for
+    each masked weight.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, member: str | None = None) -> None:
+        """Raises IncompatibleError if the file has no scores, or edge-popup's."""
+        who = checkpoint.member(member)
+        if not who.scores or who.algorithm != "supermask":
+            found = f"scores of {who.algorithm}" if who.scores else "no scores"
+            raise IncompatibleError(
+                f"the file holds {found}; masks are sampled from those that "
+                "popup --algorithm supermask --save-scores keeps"
+            )
+        self.scores = {n: torch.from_numpy(checkpoint.scores(n, who.name)) for n in who.scores}
+        self.weights: dict[str, torch.Tensor] = {}
+        self.rescaled: set[str] = set()
+        for name in who.scores:
+            kinds = {overlay.kind for overlay in checkpoint.recipe.resolved(who, name).overlays}
+            self.rescaled |= {name} if "scale" in kinds else set()
+            self.weights[name] = to_torch(checkpoint.rebuild(_unmasked(who, name), name))
+
+    @torch.no_grad()
+    def put(self, model: nn.Module, seed: int) -> None:
+        """Put the masks of one sample on the network, in place."""
+        for name, scores in self.scores.items():
+            bits = sampled_bits(scores, name, seed)
+            factor = rescaling(bits) if name in self.rescaled else 1.0
+            model.get_parameter(name).copy_(apply_mask(self.weights[name], bits, factor))
+
+
+def _unmasked(member: Member, name: str) -> Member:
+    """The member without its masks of one tensor, and what they multiply by."""
+    own = member.tensors[name]
+    said = own.overlays if own.entry is None else own.entry.overlays
+    rest = tuple(overlay for overlay in said if overlay.kind not in ("mask", "scale"))
+    tensors = {key: value for key, value in member.tensors.items() if key != name}
+    if own.entry is not None:
+        entry = own.entry.model_copy(update={"overlays": rest, "digest": None})
+        tensors[name] = MemberTensor(entry=entry)
+    elif rest:
+        tensors[name] = MemberTensor(overlays=rest)
+    return member.model_copy(update={"tensors": tensors})
