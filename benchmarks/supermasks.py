@@ -58,7 +58,7 @@ def rows() -> dict[str, Row]:
     for init in INITS:
         found[f"supermask, {init}"] = Row(init, Supermask(), SUPERMASK)
     rescaled = Supermask(rescale=True)
-    found["supermask, rescaled, signed-constant"] = Row("signed-constant", rescaled, SUPERMASK)
+    found["supermask, rescaled, xavier-normal"] = Row("xavier-normal", rescaled, SUPERMASK)
     return found
 
 

@@ -21,6 +21,13 @@ def init(
             metavar="K", help="Scale deviations by 1/sqrt(K), as for a mask that keeps K of them."
         ),
     ] = None,
+    mask_from: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="Take the masks of a file, on these weights: the re-initialised ticket.",
+        ),
+    ] = None,
     pretrained: common.Pretrained = False,
     checkpoint: common.CheckpointOption = None,
     num_classes: common.NumClasses = None,
@@ -56,14 +63,14 @@ def init(
         args=args,
     )
     spec, path = job.resolve_init(spec, output, force=force)
-    with job.open_source(spec) as made:
+    with job.open_init(spec, mask_from) as made:
         if dry_run:
             count = len(made.recipe.tensors)
             if json:
                 print_json({"path": str(path), "tensors": count})
             note(f"would write {path}: {count} tensors")
             return
-        job.run_init(spec, made, path, force=force)
+        job.run_init(spec, made, path, mask_from=mask_from, force=force)
     report = storage(path)
     if json:
         print_json({"path": str(path), "bytes": report.bytes, "dense_bytes": report.dense_bytes})

@@ -154,6 +154,7 @@ def wish_of(given: dict[str, Any], seed: int) -> Popup | Supermask | FixedMasks:
     """How masks are found. Raises UsageError for options that do not go together."""
     from randsurgery.errors import UsageError
     from randsurgery.jobs.popup import FixedMasks
+    from randsurgery.surgery.initialisers import parse_fraction
     from randsurgery.surgery.popup import Popup, check_mask_kind
     from randsurgery.surgery.supermask import Supermask, check_final
 
@@ -169,6 +170,7 @@ def wish_of(given: dict[str, Any], seed: int) -> Popup | Supermask | FixedMasks:
     learn, k_for, scoring = given["--learn"], given["--k-for"], {"skip": given["--skip"]}
     if fixed:
         k = given["--rethreshold"]
+        k = None if k is None else parse_fraction(k, "--rethreshold")
         return FixedMasks(seed=seed, learn=learn, mask_from=given["--mask-from"], k=k, k_for=k_for)
     if algorithm == "supermask":
         final = check_final(given["--final"] or "threshold")

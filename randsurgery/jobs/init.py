@@ -9,9 +9,8 @@ from randsurgery.format.checkpoint import Checkpoint
 from randsurgery.format.container import check_output
 from randsurgery.format.writing import write_checkpoint
 from randsurgery.jobs.records import keep_base, with_provenance
-from randsurgery.jobs.sources import SourceSpec, open_source, resolve_source
-
-__all__ = ["open_source", "resolve_init", "run_init"]
+from randsurgery.jobs.sources import SourceSpec, masks_of, open_source, resolve_source
+from randsurgery.surgery.tickets import with_masks
 
 
 def resolve_init(spec: SourceSpec, output: str | None, *, force: bool) -> tuple[SourceSpec, Path]:
@@ -25,10 +24,25 @@ def resolve_init(spec: SourceSpec, output: str | None, *, force: bool) -> tuple[
     return spec, path
 
 
-def run_init(spec: SourceSpec, checkpoint: Checkpoint, output: Path, *, force: bool) -> int:
+def open_init(spec: SourceSpec, mask_from: str | None = None) -> Checkpoint:
+    """The network that ``init`` writes, under the masks of another file if one is given."""
+    made = open_source(spec)
+    return made if mask_from is None else with_masks(made, masks_of(mask_from))
+
+
+def run_init(
+    spec: SourceSpec,
+    checkpoint: Checkpoint,
+    output: Path,
+    *,
+    mask_from: str | None = None,
+    force: bool,
+) -> int:
     """Write an ``init`` job's file; returns its bytes."""
     keep_base(checkpoint, output)
     scaled_for = None if spec.scaled_for is None else str(spec.scaled_for)
     settings = {"init": spec.init, "init_seed": spec.seed, "scaled_for": scaled_for}
+    if mask_from is not None:
+        settings["mask_from"] = Path(mask_from).name
     described = with_provenance(checkpoint, "init", settings, [])
     return write_checkpoint(output, described, force=force)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
@@ -12,12 +11,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from randsurgery.errors import IncompatibleError, UsageError
+from randsurgery.errors import UsageError
 from randsurgery.format.checkpoint import Checkpoint
 from randsurgery.format.masks import Mask
 from randsurgery.jobs import runs
 from randsurgery.jobs.runs import Prepared, Result, RunPlan, Technique
-from randsurgery.jobs.sources import SourceSpec, masked_tensors, open_file
+from randsurgery.jobs.sources import SourceSpec, masked_tensors, masks_of
 from randsurgery.surgery import popup, scores, supermask
 from randsurgery.surgery.initialisers import kept_count
 from randsurgery.surgery.modules import meta_module, survivor_mask
@@ -116,17 +115,6 @@ def _masked(job: Prepared, wish: FixedMasks, source: SourceSpec) -> Checkpoint:
     if not source.is_file:
         raise UsageError("--rethreshold goes with a file that popup --save-scores wrote")
     return rethresholded(job.checkpoint, Popup(wish.k, k_for=wish.k_for))
-
-
-def masks_of(path: str) -> dict[str, Mask]:
-    """The masks of a file by tensor name. Raises IncompatibleError if it has none."""
-    with contextlib.ExitStack() as stack:
-        donor = stack.enter_context(open_file(SourceSpec(path), need_bases=False))
-        who = donor.member()
-        found = {n: survivor_mask(donor, who, n) for n in sorted(masked_tensors(donor.recipe, who))}
-    if not found:
-        raise IncompatibleError(f"{path} has no masks")
-    return found
 
 
 def _sizes(

@@ -17,6 +17,7 @@ from randsurgery.format.checkpoint import (
 )
 from randsurgery.format.container import Container
 from randsurgery.format.fields import SHARED
+from randsurgery.format.masks import Mask
 from randsurgery.format.rebuild import check_affordable, needed_steps, payload_name, sentence
 from randsurgery.format.recipe import (
     Entry,
@@ -37,6 +38,7 @@ from randsurgery.jobs.hub import (
 from randsurgery.surgery.architectures import ArgValue, check_name
 from randsurgery.surgery.bases import fetched_base, open_checkpoint, pretrained_base, read_base
 from randsurgery.surgery.initialisers import Init
+from randsurgery.surgery.modules import survivor_mask
 from randsurgery.surgery.recipes import make_recipe, make_recipe_on_base
 
 
@@ -207,3 +209,14 @@ def architecture_name(recipe: Recipe) -> str:
     if recipe.model is None:
         raise IncompatibleError("the file names no architecture, so it cannot be trained here")
     return recipe.model.name
+
+
+def masks_of(path: str) -> dict[str, Mask]:
+    """The masks of a file by tensor name. Raises IncompatibleError if it has none."""
+    with contextlib.ExitStack() as stack:
+        donor = stack.enter_context(open_file(SourceSpec(path), need_bases=False))
+        who = donor.member()
+        found = {n: survivor_mask(donor, who, n) for n in sorted(masked_tensors(donor.recipe, who))}
+    if not found:
+        raise IncompatibleError(f"{path} has no masks")
+    return found

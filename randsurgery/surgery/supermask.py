@@ -152,7 +152,9 @@ class Sampler:
                 f"the file holds {found}; masks are sampled from those that "
                 "popup --algorithm supermask --save-scores keeps"
             )
-        self.scores = {n: torch.from_numpy(checkpoint.scores(n, who.name)) for n in who.scores}
+        self.scores = {
+            name: torch.from_numpy(checkpoint.scores(name, who.name).copy()) for name in who.scores
+        }
         self.weights: dict[str, torch.Tensor] = {}
         self.rescaled: set[str] = set()
         for name in who.scores:
