@@ -16,15 +16,18 @@ from typer.testing import CliRunner
 
 import randsurgery as rs
 from randsurgery.cli.app import app
+from randsurgery.cli.options import RunOptions, plan_of
 from randsurgery.errors import IncompatibleError, UsageError
 from randsurgery.format.checkpoint import read_checkpoint
 from randsurgery.format.generator import generate
-from randsurgery.surgery.modules import build, harvest, meta_module, plain_state
+from randsurgery.jobs.popup import PopupPlan, prepare_popup, run_popup
+from randsurgery.surgery.modules import build, harvest, plain_state
 from randsurgery.surgery.popup import Popup
 from randsurgery.surgery.popup import attach as attach_popup
 from randsurgery.surgery.recipes import make_recipe
 from randsurgery.surgery.scores import attached
 from randsurgery.surgery.supermask import Sampler, Supermask, attach, sampled_bits
+from randsurgery.training.loop import Hooks
 
 QUICK = ("--width", "0.1", "--epochs", "1", "-b", "256")
 
@@ -194,6 +197,28 @@ def test_popup_finds_a_supermask_and_eval_samples_it(here: Path) -> None:
     assert Path("t.safetensors").read_bytes() == Path("s.safetensors").read_bytes()
 
 
+def test_a_stopped_run_goes_on_with_the_masks_it_would_have_drawn(here: Path) -> None:
+    base = ("popup", "conv2", "--width", "0.1", "--epochs", 2, "-b", 256, "--seed", 3,
+            "--algorithm", "supermask", "--save-scores")  # fmt: skip
+    run(0, *base, "-o", "whole.safetensors")
+    options = RunOptions(
+        width=0.1, epochs=2, batch_size=256, seed=3, output="cut.safetensors", state_every=3
+    )
+    job = prepare_popup(PopupPlan(plan_of("conv2", options), Supermask(seed=3), save_scores=True))
+
+    def stop(step: int, loss: float) -> None:
+        if step == 8:  # within the second epoch
+            raise KeyboardInterrupt
+
+    with job.run.checkpoint, pytest.raises(KeyboardInterrupt):
+        run_popup(job, Hooks(on_step=stop))
+    run(0, *base, "--state-every", 3, "--resume", "auto", "-o", "cut.safetensors")
+    assert Path("cut.safetensors").read_bytes() == Path("whole.safetensors").read_bytes()
+    lines = [Path(f"{name}.metrics.jsonl").read_text().splitlines() for name in ("whole", "cut")]
+    first, second = ([json.loads(line)["flipped"] for line in found] for found in lines)
+    assert first == second
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -216,4 +241,3 @@ def test_options_that_do_not_go_together_are_named(
 def test_sampling_a_file_without_scores_is_refused(here: Path) -> None:
     run(0, "init", "conv2", "--width", "0.1", "--num-classes", 10, "-o", "a.safetensors")
     assert "holds no scores" in run(4, "eval", "a.safetensors", "--samples", 2).stderr
-    assert meta_module(make_recipe("conv2")) is not None
