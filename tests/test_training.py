@@ -37,9 +37,6 @@ from randsurgery.training.loop import Hooks, fit, start
 from randsurgery.training.settings import TrainSettings, defaults_for, input_for
 from randsurgery.training.state import RunState, read_state, write_state
 
-# timm's folder reader leaves it to the garbage collector to close images
-reads_images = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-
 DIGITS = DatasetSpec(name="digits")
 FOLDER = DatasetSpec(name="folder")
 
@@ -107,7 +104,6 @@ def order(data: Data, epoch: int, **more: Any) -> list[int]:
     return [int(label) for _, part in data.training(settings, epoch) for label in part]
 
 
-@reads_images
 def test_order_alone_follows_seed_and_epoch(images: Path) -> None:
     for data in (few(), open_folder(images, "train")):
         assert order(data, 0) == order(data, 0)
@@ -248,7 +244,6 @@ def open_folder(root: Path, split: Any, workers: int = 0, **more: Any) -> Data:
     return open_data(FOLDER, look(16), split, data_dir=str(root), workers=workers, **more)
 
 
-@reads_images
 def test_a_folder_of_images_is_read_with_the_train_splits_labels(images: Path) -> None:
     train = open_folder(images, "train")
     assert train.classes == ("ant", "bee", "cat")
@@ -269,7 +264,6 @@ def test_a_folder_without_a_train_split_is_refused(images: Path) -> None:
         open_folder(images / "empty", "train")
 
 
-@reads_images
 def test_a_folder_run_does_not_depend_on_its_workers(images: Path) -> None:
     states = []
     for workers in (0, 1):
@@ -283,7 +277,6 @@ def test_a_folder_run_does_not_depend_on_its_workers(images: Path) -> None:
     assert 0 <= states[0][0][-1]["test_accuracy"] <= 1
 
 
-@reads_images
 def test_folder_images_are_augmented_by_seed_and_epoch(images: Path) -> None:
     train, settings = open_folder(images, "train"), quick(batch_size=24, hflip=True)
     first = whole_epoch(train, settings)
@@ -304,7 +297,6 @@ def global_states() -> tuple[Any, ...]:
     return torch.get_rng_state().tolist(), random.getstate(), name, keys.tolist(), *rest
 
 
-@reads_images
 def test_global_generators_are_neither_read_nor_set(images: Path) -> None:
     def run(source: Data, test: Data) -> dict[str, torch.Tensor]:
         model = timm.create_model("test_vit", num_classes=10, img_size=16, drop_rate=0.3)
@@ -333,7 +325,6 @@ def test_global_generators_are_neither_read_nor_set(images: Path) -> None:
         assert_same_state(first, second)
 
 
-@reads_images
 def test_a_run_leaves_torchs_generator_as_it_was(images: Path) -> None:
     model = popped()
     torch.manual_seed(3)

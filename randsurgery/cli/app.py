@@ -7,7 +7,17 @@ from typing import Annotated
 import typer
 
 from randsurgery._version import __version__
-from randsurgery.cli import common, evaluate, export, freeze, init, inspect, popup, train
+from randsurgery.cli import (
+    common,
+    evaluate,
+    export,
+    freeze,
+    init,
+    inspect,
+    popup,
+    predict,
+    train,
+)
 
 EXIT_CODES = (
     "Exit codes: 0 done; 1 differences found; 2 usage; 3 unreadable or corrupt file; "
@@ -45,6 +55,7 @@ app.command("freeze")(freeze.freeze)
 app.command("train")(train.train)
 app.command("popup")(popup.popup)
 app.command("eval")(evaluate.evaluate)
+app.command("predict")(predict.predict)
 app.command("export")(export.export)
 app.add_typer(inspect.app, name="inspect")
 

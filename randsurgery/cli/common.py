@@ -66,6 +66,11 @@ def print_json(value: Any) -> None:
     sys.stdout.write(json.dumps(value, indent=2) + "\n")
 
 
+def drop_stdout() -> None:
+    """Send what stdout still holds nowhere, so that the interpreter does not fail to flush it."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def size(count: float) -> str:
     """Bytes for people: 2.92 MB (decimal)."""
     for unit in ("B", "kB", "MB", "GB"):
@@ -90,8 +95,7 @@ def command(function: F) -> F:
             err().print(Text(clean(str(error)) or "interrupted; nothing was written"))
             raise typer.Exit(INTERRUPTED) from None
         except BrokenPipeError:
-            # the reader has gone; keep the interpreter from complaining when it flushes
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            drop_stdout()  # the reader has gone
             raise typer.Exit(0) from None
 
     return wrapped  # type: ignore[return-value]

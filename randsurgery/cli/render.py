@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -125,3 +125,17 @@ def training_progress(epochs: int) -> Iterator[Hooks]:
 
     with bar:
         yield Hooks(on_epoch_start=on_epoch_start, on_step=on_step, on_epoch=on_epoch)
+
+
+@contextmanager
+def image_progress(images: int) -> Iterator[Callable[[], None]]:
+    """A function to call after each image; it moves a bar in a terminal, unless -q was given."""
+    console = err()
+    shown = console.is_terminal and verbosity.level >= 1
+    bar = Progress(
+        TextColumn("images"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+        console=console, transient=True, disable=not shown,
+    )  # fmt: skip
+    task = bar.add_task("images", total=images)
+    with bar:
+        yield lambda: bar.update(task, advance=1)

@@ -6,10 +6,9 @@ import statistics
 from dataclasses import dataclass
 from typing import Any
 
-from randsurgery.errors import IncompatibleError
 from randsurgery.format.recipe import DatasetSpec
 from randsurgery.jobs.hub import local_file
-from randsurgery.jobs.inputs import DataOptions, look_for_file, opener, pick_device, resolve_dataset
+from randsurgery.jobs.inputs import DataOptions, open_test_split, pick_device
 from randsurgery.surgery.bases import open_checkpoint
 from randsurgery.surgery.modules import build
 from randsurgery.surgery.supermask import Sampler
@@ -68,16 +67,8 @@ def run_eval(
     ``samples``, as many sampled masks, too, from seeds 0, 1, ..."""
     where, file = pick_device(device), local_file(file)
     with open_checkpoint(file, base) as checkpoint:
-        who, recipe = checkpoint.member(member), checkpoint.recipe
-        dataset, fell_back = resolve_dataset(options.dataset, options.data_dir, who.dataset)
-        look = look_for_file(recipe, dataset.name, options)
-        data = opener(dataset, look, options, where, workers)("test", who.classes)
-        classes = who.head.classes if who.head else 0
-        if classes and len(data.classes) > classes:
-            raise IncompatibleError(
-                f"{dataset.name} has {len(data.classes)} classes, the network {classes}; "
-                f"choose another --dataset"
-            )
+        who = checkpoint.member(member)
+        data, dataset, fell_back = open_test_split(checkpoint, who, options, where, workers)
         sampler = Sampler(checkpoint, who.name) if samples else None
         model = build(checkpoint, who.name).to(where)
     fixed = evaluate(model, data, batch_size=batch_size, amp=amp)

@@ -13,6 +13,7 @@ from randsurgery.format.checkpoint import Checkpoint
 from randsurgery.format.recipe import (
     DatasetSpec,
     InputSpec,
+    Member,
     ModelSpec,
     Recipe,
 )
@@ -125,6 +126,28 @@ def opener(
         )
 
     return open_split
+
+
+def open_test_split(
+    checkpoint: Checkpoint,
+    member: Member,
+    options: DataOptions,
+    device: torch.device,
+    workers: int,
+) -> tuple[Data, DatasetSpec, bool]:
+    """The test split that a file's network is shown, with the preprocessing recorded in the file,
+    and True if digits was fallen back on. Raises DataError, or IncompatibleError if the dataset has
+    more classes than the network."""
+    dataset, fell_back = resolve_dataset(options.dataset, options.data_dir, member.dataset)
+    look = look_for_file(checkpoint.recipe, dataset.name, options)
+    data = opener(dataset, look, options, device, workers)("test", member.classes)
+    classes = member.head.classes if member.head else 0
+    if classes and len(data.classes) > classes:
+        raise IncompatibleError(
+            f"{dataset.name} has {len(data.classes)} classes, the network {classes}; "
+            f"choose another --dataset"
+        )
+    return data, dataset, fell_back
 
 
 def describe(

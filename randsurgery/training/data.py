@@ -23,6 +23,16 @@ from randsurgery.errors import DataError, near, reason
 from randsurgery.format.generator import integers, permutation, torch_seed
 from randsurgery.format.recipe import DatasetSpec, InputSpec
 from randsurgery.surgery.randomness import borrowed
+from randsurgery.training.images import (
+    Bounded,
+    Caught,
+    Part,
+    Paths,
+    Pictures,
+    collate,
+    image_mode,
+    whole,
+)
 from randsurgery.training.settings import TrainSettings
 
 Batch = tuple[torch.Tensor, torch.Tensor]
@@ -38,9 +48,12 @@ KNOWN = (
 
 
 class Data(Protocol):
-    """One split: how many images, and its batches."""
+    """One split: how many images, and its batches. ``paths`` is empty if images are no files of
+    their own."""
 
     classes: tuple[str, ...]
+    spec: InputSpec
+    paths: Sequence[str]
 
     def __len__(self) -> int: ...
 
@@ -52,7 +65,10 @@ class Data(Protocol):
         (B,)."""
 
     def evaluation(self, batch_size: int) -> Iterator[Batch]:
-        """All images once, in order."""
+        """All images once, in order. Raises DataError for one that cannot be read."""
+
+    def parts(self, batch_size: int) -> Iterator[Part]:
+        """As ``evaluation``, with what cannot be read as failures."""
 
 
 def normalisation(spec: InputSpec, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -75,6 +91,7 @@ class Resident:
     labels: torch.Tensor
     classes: tuple[str, ...]
     spec: InputSpec
+    paths: Sequence[str] = ()
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -101,9 +118,15 @@ class Resident:
 
     def evaluation(self, batch_size: int) -> Iterator[Batch]:
         """All images once, in order."""
+        for part in self.parts(batch_size):
+            yield part.images, part.labels
+
+    def parts(self, batch_size: int) -> Iterator[Part]:
+        """All images once, in order; none fails."""
         for start in range(0, len(self), batch_size):
-            part = slice(start, start + batch_size)
-            yield self._normalise(self.images[part]), self.labels[part]
+            indices = list(range(start, min(start + batch_size, len(self))))
+            images = self._normalise(self.images[start : start + batch_size])
+            yield Part(images, self.labels[start : start + batch_size], indices, [])
 
 
 def _augmentation(size: int, settings: TrainSettings, epoch: int) -> torch.Tensor:
@@ -157,12 +180,13 @@ class _Seeded(torch.utils.data.Dataset[Any]):
 class Streamed:
     """A split read from disk image by image, through timm's transforms."""
 
-    dataset: Any  # a timm or torchvision dataset; its transform is set here
+    dataset: Any  # Pictures or a torchvision dataset; its transform is set here
     size: int
     classes: tuple[str, ...]
     spec: InputSpec
     device: torch.device
     workers: int = 0
+    paths: Sequence[str] = ()
 
     def __len__(self) -> int:
         return self.size
@@ -184,37 +208,41 @@ class Streamed:
             crop_pct=float.fromhex(self.spec.crop),
         )
 
-    def _batches(self, dataset: Any, batch_size: int, order: Sequence[int]) -> Iterator[Batch]:
+    def _parts(self, dataset: Any, batch_size: int, order: Sequence[int]) -> Iterator[Part]:
         mean, std = normalisation(self.spec, self.device)
         loader: Any = torch.utils.data.DataLoader(
-            dataset,
+            Caught(dataset),
             batch_size=batch_size,
             sampler=order,
             num_workers=self.workers,
-            collate_fn=_collate,
+            collate_fn=collate,
             generator=torch.Generator(),  # or it would draw from the global one
         )
-        for images, labels in loader:
-            yield (images.to(self.device).float() - mean) / std, labels.to(self.device)
+        for part in loader:
+            if part.indices:
+                images = (part.images.to(self.device).float() - mean) / std
+                part = part._replace(images=images, labels=part.labels.to(self.device))
+            yield part
 
     def training(self, settings: TrainSettings, epoch: int, first: int = 0) -> Iterator[Batch]:
         """Augmented batches in random order (timm's random resized crop and flip)."""
         order = permutation(self.size, seed=settings.seed, stream=f"epoch-{epoch}")
         begin = first * settings.batch_size
-        whole = self.steps(settings.batch_size) * settings.batch_size
+        end = self.steps(settings.batch_size) * settings.batch_size
         self.dataset.transform = self._transform(True, settings.hflip)
         seeded = _Seeded(self.dataset, settings.seed, epoch)
-        yield from self._batches(seeded, settings.batch_size, order[begin:whole].tolist())
+        for part in self._parts(seeded, settings.batch_size, order[begin:end].tolist()):
+            yield whole(part, self.paths)
 
     def evaluation(self, batch_size: int) -> Iterator[Batch]:
-        """All images once, in order."""
-        self.dataset.transform = self._transform(False, False)
-        yield from self._batches(self.dataset, batch_size, range(self.size))
+        """All images once, in order. Raises DataError for one that cannot be read."""
+        for part in self.parts(batch_size):
+            yield whole(part, self.paths)
 
-
-def _collate(items: list[tuple[Any, int]]) -> Batch:
-    images = torch.stack([torch.as_tensor(np.asarray(image)) for image, _ in items])
-    return images, torch.tensor([label for _, label in items])
+    def parts(self, batch_size: int) -> Iterator[Part]:
+        """All images once, in order, with what cannot be read as failures."""
+        self.dataset.transform = Bounded(self._transform(False, False), self.spec)
+        yield from self._parts(self.dataset, batch_size, range(self.size))
 
 
 # --- finding datasets ----------------------------------------------------------------------------
@@ -260,7 +288,17 @@ def open_data(
     small = spec.name.lower() in _SMALL
     if small and len(dataset) * look.channels * math.prod(look.size) <= MAX_RESIDENT:
         return _resident(_to_bytes(dataset, look), names, look, where)
-    return Streamed(dataset, len(dataset), names, look, where, workers)
+    samples = getattr(getattr(dataset, "reader", None), "samples", ())  # of a folder
+    paths = [path for path, _ in samples]
+    return Streamed(dataset, len(dataset), names, look, where, workers, paths)
+
+
+def open_images(
+    paths: Sequence[str], look: InputSpec, device: torch.device | str = "cpu", workers: int = 0
+) -> Data:
+    """Image files as a split without labels or classes, shown as a folder's images are."""
+    pictures = Pictures(Paths(paths), image_mode(look))
+    return Streamed(pictures, len(paths), (), look, torch.device(device), workers, paths)
 
 
 _SMALL = (
@@ -303,9 +341,9 @@ def _timm_dataset(
     download: bool,
     labels: dict[str, int] | None = None,
 ) -> Any:
-    from timm.data import create_dataset
+    from timm.data import ImageDataset, create_dataset
 
-    name = "" if spec.name == "folder" else spec.name
+    name, mode = "" if spec.name == "folder" else spec.name, image_mode(look)
     try:
         dataset = create_dataset(
             name,
@@ -314,14 +352,14 @@ def _timm_dataset(
             is_training=split == "train",
             download=download,
             class_map=labels or "",
-            input_img_mode="L" if look.channels == 1 else "RGB",
+            input_img_mode=mode,
         )
     except Exception as error:  # whatever torchvision, datasets or the disk raises
         hint = "" if download else "; if it is not there yet, pass --dataset-download"
         raise DataError(f"{spec.name} ({split}) in {data_dir}: {reason(error)}{hint}") from None
     if len(dataset) == 0:
         raise DataError(f"{spec.name} ({split}) in {data_dir}: no images")
-    return dataset
+    return Pictures(dataset.reader, mode) if isinstance(dataset, ImageDataset) else dataset
 
 
 def class_names(dataset: Any) -> tuple[str, ...]:

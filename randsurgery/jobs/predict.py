@@ -1,0 +1,199 @@
+"""``predict``: what a file's network says of images, as CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from randsurgery.errors import DataError, IncompatibleError, OutputError, UsageError
+from randsurgery.format.container import check_output, write_atomically
+from randsurgery.format.recipe import InputSpec
+from randsurgery.jobs.hub import local_file
+from randsurgery.jobs.inputs import DataOptions, look_for_file, open_test_split, pick_device
+from randsurgery.surgery.bases import open_checkpoint
+from randsurgery.surgery.modules import build
+from randsurgery.training.data import Data, open_images
+from randsurgery.training.images import Failure, find_images
+from randsurgery.training.predict import Prediction, predict
+
+
+@dataclass(frozen=True)
+class PredictPlan:
+    """A prediction, checked and ready to run.
+
+    ``dataset``: its name, None for images by path. ``names``: the classes', if the file says them.
+    ``output``: None if the lines go elsewhere. ``strict``: stop at the first failure.
+    """
+
+    model: nn.Module
+    data: Data
+    dataset: str | None
+    names: tuple[str, ...]
+    notes: tuple[str, ...]
+    output: Path | None
+    top: int = 5
+    batch_size: int = 256
+    amp: bool = False
+    strict: bool = False
+
+    def path(self, index: int) -> str:
+        """Where an image lies: its file, bytes that are no UTF-8 as ``\\xff``; or test/INDEX in a
+        dataset whose images are no files."""
+        if not self.data.paths:
+            return f"test/{index}"
+        # by bytes: whatever the locale takes file names for
+        return os.fsencode(self.data.paths[index]).decode("utf-8", "backslashreplace")
+
+    def name(self, label: int) -> str:
+        """The class's name, or its number as text; empty for an image without label."""
+        if label < 0:
+            return ""
+        return self.names[label] if label < len(self.names) else str(label)
+
+
+@dataclass
+class Tally:
+    """What has been done so far: images with a line, and (path, reason) of those without."""
+
+    images: int = 0
+    failures: list[tuple[str, str]] = field(default_factory=list)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        failures = [{"path": path, "reason": why} for path, why in self.failures]
+        return {"images": self.images, "failures": failures}
+
+
+def prepare(
+    file: str,
+    inputs: Sequence[str],
+    options: DataOptions,
+    output: str | None,
+    *,
+    member: str | None = None,
+    base: str | None = None,
+    top: int = 5,
+    batch_size: int = 256,
+    workers: int = 0,
+    amp: bool = False,
+    device: str = "auto",
+    strict: bool = False,
+    force: bool = False,
+) -> PredictPlan:
+    """Check file, images and output, and build the network. Raises RandsurgeryError; writes
+    nothing."""
+    if inputs and (options.dataset is not None or options.data_dir is not None):
+        raise UsageError("images and --dataset or --data-dir exclude each other; give one of them")
+    target = None if output is None else _target(output, file, force)
+    paths = find_images(inputs)
+    where, file = pick_device(device), local_file(file)
+    with open_checkpoint(file, base) as checkpoint:
+        who = checkpoint.member(member)
+        notes = []
+        if inputs:
+            look = look_for_file(checkpoint.recipe, "folder", options)
+            data, dataset = open_images(paths, look, where, workers), None
+        else:
+            data, spec, fell_back = open_test_split(checkpoint, who, options, where, workers)
+            dataset = spec.name
+            if fell_back:
+                notes.append("no images given, no dataset given or recorded: using digits")
+        if checkpoint.recipe.input is None:
+            notes.append(f"the file records no preprocessing: using {look_text(data.spec)}")
+        model = build(checkpoint, who.name).to(where)
+        if getattr(model, "num_classes", None) == 0:
+            raise IncompatibleError(f"{file}: the network has no classifier, so nothing to predict")
+    return PredictPlan(
+        model, data, dataset, who.classes or (), tuple(notes), target, top, batch_size, amp, strict
+    )
+
+
+def _target(output: str, file: str, force: bool) -> Path:
+    target = check_output(output, force=force)
+    if target.exists() and Path(file).exists() and target.samefile(file):
+        raise OutputError(f"{target}: is the network's own file; choose another --output")
+    return target
+
+
+def look_text(look: InputSpec) -> str:
+    """Preprocessing in words."""
+    height, width = look.size
+    mean, std = (
+        ", ".join(f"{float.fromhex(value):.4g}" for value in values)
+        for values in (look.mean, look.std)
+    )
+    return (
+        f"{height} x {width} pixels, {look.interpolation}, crop {float.fromhex(look.crop):.4g}, "
+        f"mean {mean}, deviation {std}"
+    )
+
+
+def run(plan: PredictPlan, tally: Tally, on_result: Callable[[str, str | None], None]) -> int:
+    """Write the CSV to the plan's output, whole or not at all; returns its bytes. For ``tally``
+    and ``on_result`` see ``lines``."""
+    assert plan.output is not None
+    return write_atomically(plan.output, lines(plan, tally, on_result))
+
+
+def lines(
+    plan: PredictPlan,
+    tally: Tally,
+    on_result: Callable[[str, str | None], None],
+    shown: Callable[[str], str] = str,
+) -> Iterator[bytes]:
+    """The CSV in UTF-8, line by line.
+
+    ``tally`` counts as the lines are taken. ``on_result`` is told each image's path and, if it
+    failed, why. ``shown`` is applied to each field. Raises DataError if no image can be read or,
+    if the plan is strict, one cannot.
+    """
+    for result in predict(
+        plan.model, plan.data, top=plan.top, batch_size=plan.batch_size, amp=plan.amp
+    ):
+        path = plan.path(result.index)
+        if isinstance(result, Failure):
+            if plan.strict:
+                raise DataError(f"{path}: {result.reason}; nothing was written (--strict)")
+            tally.failures.append((path, result.reason))
+            on_result(path, result.reason)
+            continue
+        if tally.images == 0:
+            yield _line(_header(plan, len(result.classes)))
+        tally.images += 1
+        on_result(path, None)
+        yield _line([shown(value) for value in _row(plan, path, result)])
+    if tally.images == 0:
+        raise DataError(
+            f"no image could be used ({len(tally.failures):,} failed, named above); nothing was "
+            "written"
+        )
+
+
+def _header(plan: PredictPlan, top: int) -> list[str]:
+    ranked = [f"{what}_{rank}" for rank in range(1, top + 1) for what in ("class", "probability")]
+    label = [] if plan.dataset is None else ["label"]
+    return ["path", "class", "probability", *ranked, *label]
+
+
+def _row(plan: PredictPlan, path: str, found: Prediction) -> list[str]:
+    ranked = [
+        value
+        for label, share in zip(found.classes, found.probabilities, strict=True)
+        for value in (plan.name(label), f"{share:.6g}")
+    ]
+    label = [] if plan.dataset is None else [plan.name(found.label)]
+    return [path, *ranked[:2], *ranked, *label]
+
+
+def _line(row: list[str]) -> bytes:
+    # written with \r\n, so that the csv module of every Python quotes a lone \r; ended with \n
+    text = io.StringIO(newline="")
+    csv.writer(text).writerow(row)
+    return (text.getvalue().removesuffix("\r\n") + "\n").encode()
