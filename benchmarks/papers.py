@@ -36,7 +36,8 @@ from randsurgery.surgery.plans import (
     zero_filled,
 )
 from randsurgery.surgery.recipes import make_recipe
-from randsurgery.training.data import Resident, open_data
+from randsurgery.training.data import Resident
+from randsurgery.training.datasets import open_data
 from randsurgery.training.loop import fit
 from randsurgery.training.settings import TrainSettings, input_for
 

@@ -31,7 +31,8 @@ from randsurgery.jobs.inputs import DataOptions, look_for_file
 from randsurgery.surgery.modules import build
 from randsurgery.surgery.popup import Popup, attach
 from randsurgery.training import images as images_module
-from randsurgery.training.data import Resident, open_data, open_images
+from randsurgery.training.data import Resident
+from randsurgery.training.datasets import open_data, open_images
 from randsurgery.training.evaluate import evaluate
 from randsurgery.training.images import Failure, decode, find_images, suffixes
 from randsurgery.training.loop import fit

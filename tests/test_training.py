@@ -31,7 +31,8 @@ from randsurgery.format.writing import write_checkpoint
 from randsurgery.surgery.modules import build, harvest
 from randsurgery.surgery.popup import Popup, attach
 from randsurgery.training import data as data_module
-from randsurgery.training.data import Data, Resident, augment, normalisation, open_data
+from randsurgery.training.data import Data, Resident, augment, normalisation
+from randsurgery.training.datasets import open_data
 from randsurgery.training.evaluate import evaluate
 from randsurgery.training.loop import Hooks, fit, start
 from randsurgery.training.settings import TrainSettings, defaults_for, input_for

@@ -19,7 +19,8 @@ from randsurgery.format.recipe import (
 )
 from randsurgery.jobs.sources import SourceSpec, architecture_name
 from randsurgery.surgery.architectures import ArgValue, build_meta, check_name, spec_of
-from randsurgery.training.data import Data, Split, open_data
+from randsurgery.training.data import Data
+from randsurgery.training.datasets import Split, open_data
 from randsurgery.training.settings import input_for
 
 

@@ -19,7 +19,8 @@ from randsurgery.jobs.hub import local_file
 from randsurgery.jobs.inputs import DataOptions, look_for_file, open_test_split, pick_device
 from randsurgery.surgery.bases import open_checkpoint
 from randsurgery.surgery.modules import build
-from randsurgery.training.data import Data, open_images
+from randsurgery.training.data import Data
+from randsurgery.training.datasets import open_images
 from randsurgery.training.images import Failure, find_images
 from randsurgery.training.predict import Prediction, predict
 

@@ -4,7 +4,8 @@ Modules import only those above them in this list:
 
 settings   what a run is: resolved numbers, defaults per dataset
 images     image files: finding, reading, and what to say of those that cannot be read
-data       datasets by name or folder -> batches on the device
+data       splits: batches of images on the device
+datasets   datasets by name, folder or image files -> splits
 evaluate   accuracy and loss of a module on a split
 predict    what a module says of each image of a split
 state      the whole state of a run as one object
