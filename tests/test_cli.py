@@ -585,6 +585,36 @@ def test_another_base_than_the_one_named_is_refused_with_both_identities(here: P
     assert not (here / "out.safetensors").exists()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("freeze",), "Missing argument 'SOURCE'"),
+        (("freeze", "conv2", "--count", "0"), "'--count'"),
+        (("popup", "conv2", "--epoch", "3"), "--epochs"),
+        (("nothing",), "No such command"),
+    ],
+)
+def test_what_the_parser_refuses_is_one_line(
+    here: Path, arguments: tuple[str, ...], words: str
+) -> None:
+    command = [sys.executable, "-m", "randsurgery", *arguments]
+    made = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert made.returncode == 2
+    assert made.stdout == ""
+    assert re.fullmatch(r"error: .*; see .*randsurgery.* --help\n", made.stderr)
+    assert words in made.stderr
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+def test_a_full_disk_behind_stdout_is_one_line(here: Path) -> None:
+    command = [sys.executable, "-m", "randsurgery", "freeze", "conv2", "--count", "1", "--dry-run",
+               "--json"]  # fmt: skip
+    with open("/dev/full", "w") as full:
+        made = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert made.returncode == 6
+    assert re.fullmatch(r"error: the output cannot be written \(.*\)\n", made.stderr)
+
+
 def test_folders_that_cannot_take_the_result(here: Path) -> None:
     Path("file").write_text("no folder")
     for output in ("nowhere/a.safetensors", "file/a.safetensors"):

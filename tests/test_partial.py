@@ -121,6 +121,9 @@ def test_freeze_writes_a_plan_and_shows_its_table(here: Path) -> None:
         (("--count", "1", "--fill", "one"), "--fill must be own or zero"),
         (("--count", "1", "--head", "hadamrd"), "learned or frozen or orthonormal or hadamard"),
         (("--count", "1", "--head-scale", "2"), "--head-scale goes with"),
+        (("--statistics", "frozen"), "nothing would be frozen"),
+        (("--count", "1", "--base", "x.safetensors"), "--base goes with a file"),
+        (("--count", "1", "-o", "x.pt"), "--output must end in .safetensors"),
     ],
 )
 def test_bad_wishes_are_named_and_write_nothing(
@@ -178,6 +181,19 @@ def test_a_file_can_be_frozen_for_other_classes_and_with_other_rows(here: Path) 
     assert "the model argument img_size goes with an architecture" in words
 
 
+@pytest.mark.parametrize("command", [("freeze", "--fraction", "0.5"), ("popup",), ("train",)])
+def test_a_learned_fixed_head_is_not_drawn_anew_for_other_classes(
+    here: Path, command: tuple[str, ...]
+) -> None:
+    succeed("train", "conv2", "--width", "0.1", "--head", "hadamard", *QUICK, "-o", "h.safetensors")
+    options = ("--num-classes", 12, "-o", "new.safetensors")
+    words = fails(4, command[0], "h.safetensors", *command[1:], *options)
+    assert "is learned for 10 classes, 12 are wanted" in words
+    assert not Path("new.safetensors").exists()
+    words = fails(2, "freeze", "h.safetensors", "--only", "fc1", "--head", "learned")
+    assert "the classifier is fixed (hadamard)" in words
+
+
 def test_counting_asks_nothing_of_the_output(here: Path) -> None:
     succeed("freeze", "conv2", *SMALL, "--count", 1)
     assert json.loads(
@@ -197,6 +213,8 @@ def test_slices_over_a_mask_are_pointed_out(here: Path) -> None:
 def test_a_settings_file_takes_every_option_by_its_name(here: Path) -> None:
     Path("c.yaml").write_text("fraction: 0.1\nmin: 2\nnum-classes: 10\nwidth: 0.1\n")
     succeed("freeze", "conv2", "-c", "c.yaml", "-o", "p.safetensors")
+    Path("d.yaml").write_text("config: c.yaml\n")
+    assert "unknown option" in program("freeze", "conv2", "-c", "d.yaml").stderr
     plan = rs.read_recipe("p.safetensors").members[0].plan
     assert plan is not None
     assert plan.tensors["features.0.weight"].count == 2
@@ -374,11 +392,32 @@ def test_a_state_of_another_run_is_refused(here: Path) -> None:
     assert made.returncode == 4
     assert "its lr is 0.05, here it is 0.01" in made.stderr
     other = program(*RUN, "-o", "new.safetensors", "--resume", "nowhere.safetensors")
-    assert other.returncode == 2
+    assert other.returncode == 3
     assert "no such file" in other.stderr
     dry = program(*RUN, "-o", "cut.safetensors", "--lr", "0.01", "--resume", "auto", "--dry-run")
     assert dry.returncode == 4
     assert "its lr is 0.05, here it is 0.01" in dry.stderr
+
+
+def test_going_on_from_another_state_does_not_overwrite(here: Path) -> None:
+    killed_run("cut.safetensors")
+    Path("done.safetensors").write_bytes(b"of another run")
+    Path("new.state.safetensors").write_bytes(b"of another run")
+    for output in ("done.safetensors", "new.safetensors"):
+        made = program(*RUN, "-o", output, "--resume", "cut.state.safetensors")
+        assert made.returncode == 6
+    assert Path("done.safetensors").read_bytes() == b"of another run"
+    assert Path("new.state.safetensors").read_bytes() == b"of another run"
+
+
+def test_a_state_of_other_threads_is_pointed_out(here: Path) -> None:
+    killed_run("cut.safetensors")
+    again = (*RUN, "-o", "cut.safetensors", "--state-every", "3", "--resume", "auto")
+    command = [sys.executable, "-m", "randsurgery", *again]
+    two = {**environment(), "OMP_NUM_THREADS": "2"}
+    made = subprocess.run(command, capture_output=True, text=True, env=two, timeout=120)
+    assert made.returncode == 0
+    assert "threads 1, here 2: the result may differ" in made.stderr
 
 
 def test_a_damaged_state_is_refused(here: Path) -> None:
@@ -416,7 +455,7 @@ def test_a_diverged_run_keeps_its_last_good_state(here: Path) -> None:
     made = program("train", "conv2", "--width", "0.1", "--lr", "1e30", "--epochs", "2", "-b", "128",
                    "--state-every", "1", "-o", "nan.safetensors")  # fmt: skip
     assert made.returncode == 7
-    assert "the last good state is nan.state.safetensors" in made.stderr
+    assert "the last good state is nan.state.safetensors, --force begins anew" in made.stderr
     assert sorted(path.name for path in here.iterdir()) == ["nan.state.safetensors"]
 
 

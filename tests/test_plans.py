@@ -55,7 +55,10 @@ def test_counts_are_exact() -> None:
         (Freeze(fraction="0.1", count=2), "exclude each other"),
         (Freeze(fraction="0"), "fraction must lie"),
         (Freeze(fraction="1.1"), "fraction must lie"),
-        (Freeze(count=0), "at least 1"),
+        (Freeze(count=0), "whole number from 1"),
+        (Freeze(count=1.5), "whole number from 1"),  # type: ignore[arg-type]
+        (Freeze(count="3"), "whole number from 1"),  # type: ignore[arg-type]
+        (Freeze(fraction="0.5", least="1"), "whole number from 0"),  # type: ignore[arg-type]
         (Freeze(fraction="0.1"), r"no filter would be learned in .*conv1\.weight.*--min 1"),
         (Freeze(fraction="0.5", dim="height"), r"hidden\.weight .* has no height.*--linear whole"),
         (Freeze(count=9, least=10), "contradict"),

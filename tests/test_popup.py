@@ -300,6 +300,27 @@ def test_a_plain_name_is_the_module_where_one_bears_it() -> None:
     assert select_modules(named, ("@norm",)) == {"real"}
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["inception_v3", "levit_128s", "cs3darknet_m", "convnextv2_atto", "regnety_002",
+     "swin_tiny_patch4_window7_224", "efficientnet_b0", "test_nfnet", "caformer_s18", "hgnet_tiny"],
+)  # fmt: skip
+def test_norm_is_norms_alone_and_all_of_them(name: str) -> None:
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    modules = dict(model.named_modules())
+    plain = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
+    wanted = {n for n, m in modules.items() if isinstance(m, plain)}
+    if not wanted:
+        with pytest.raises(UsageError, match="has no normalisation layer"):
+            select_modules(model, ("@norm",))
+        return
+    found = select_modules(model, ("@norm",))
+    assert wanted <= found
+    assert not [n for n in found if isinstance(modules[n], (nn.Conv2d, nn.Linear))]
+    assert not [n for n in found if any(p.dim() > 1 for p in modules[n].parameters(recurse=False))]
+
+
 def test_roles_match_timms_norms_and_classifier() -> None:
     model = timm.create_model("test_convnext", num_classes=5)
     norms = select_modules(model, ("@norm",))

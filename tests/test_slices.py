@@ -188,6 +188,18 @@ def test_other_precisions_and_layouts_agree_with_torch(path: str) -> None:
             assert (p.grad - wanted).norm() <= loose * wanted.norm() + 1e-6, name
 
 
+@pytest.mark.parametrize("layer", [nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 1, stride=2)])
+def test_a_sliced_layer_takes_one_image_without_a_batch(layer: nn.Conv2d) -> None:
+    layer, twin = copy.deepcopy(layer), copy.deepcopy(layer)
+    x = torch.randn(3, 9, 9)
+    slices.attach(layer, make_plan(layer, Freeze(count=2)))
+    layer(x).square().sum().backward()
+    twin(x).square().sum().backward()
+    assert same_bits(layer(x).detach(), twin(x).detach())
+    found = layer.learned_weight.grad  # type: ignore[union-attr]
+    assert torch.allclose(found, twin.weight.grad[:2], rtol=1e-4, atol=1e-5)  # type: ignore[index, arg-type]
+
+
 def test_layers_before_the_first_learned_one_need_no_backward() -> None:
     model = net()
     slices.attach(model, make_plan(model, Freeze(only=("hidden",), norms=False)))

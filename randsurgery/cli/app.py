@@ -61,5 +61,17 @@ app.add_typer(inspect.app, name="inspect")
 
 
 def main() -> None:
-    """Run the command line."""
-    app()
+    """Run the command line. What the parser refuses is one line, like every other error."""
+    try:
+        code = app(standalone_mode=False)
+    except typer.Abort:
+        raise SystemExit(common.INTERRUPTED) from None
+    except Exception as error:
+        told = getattr(error, "format_message", None)
+        if told is None:
+            raise
+        if message := told():  # without one, help was shown
+            path = getattr(getattr(error, "ctx", None), "command_path", "randsurgery")
+            common.fail(f"{message.rstrip('.')}; see {path} --help")
+        raise SystemExit(2) from None
+    raise SystemExit(code)

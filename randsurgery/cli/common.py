@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from randsurgery.errors import RandsurgeryError, UsageError, near
+from randsurgery.errors import OutputError, RandsurgeryError, UsageError, near
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -48,6 +48,11 @@ def note(message: str) -> None:
     """A message for people, on stderr; silent with -q."""
     if verbosity.level >= 1:
         err().print(Text(message))
+
+
+def fail(message: str) -> None:
+    """An error: one line on stderr."""
+    err().print(Text(f"error: {clean(message)}"))
 
 
 def detail(message: str) -> None:
@@ -86,10 +91,12 @@ def command(function: F) -> F:
     @functools.wraps(function)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         try:
-            return function(*args, **kwargs)
+            found = function(*args, **kwargs)
+            sys.stdout.flush()
+            return found
         except RandsurgeryError as error:
             detail(traceback.format_exc())
-            err().print(Text(f"error: {clean(str(error))}"))
+            fail(str(error))
             raise typer.Exit(error.exit_code) from None
         except KeyboardInterrupt as error:
             err().print(Text(clean(str(error)) or "interrupted; nothing was written"))
@@ -97,6 +104,11 @@ def command(function: F) -> F:
         except BrokenPipeError:
             drop_stdout()  # the reader has gone
             raise typer.Exit(0) from None
+        except OSError as error:  # files' own errors were named where they arose
+            drop_stdout()
+            detail(traceback.format_exc())
+            fail(f"the output cannot be written ({error.strerror or error})")
+            raise typer.Exit(OutputError.exit_code) from None
 
     return wrapped  # type: ignore[return-value]
 
@@ -135,7 +147,7 @@ def _load_config(context: typer.Context, path: str | None) -> str | None:
     defaults: dict[str, Any] = {}
     for key, value in values.items():
         name = str(key).lstrip("-").replace("-", "_")
-        if name not in known:
+        if name not in known or name == "config":
             hint = near(name, known)
             raise typer.BadParameter(f"{path} has unknown option {str(key)!r}{hint}")
         parameter = known[name]

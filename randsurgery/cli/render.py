@@ -124,7 +124,7 @@ def training_progress(epochs: int) -> Iterator[Hooks]:
         )
 
     with bar:
-        yield Hooks(on_epoch_start=on_epoch_start, on_step=on_step, on_epoch=on_epoch)
+        yield Hooks(on_epoch_start=on_epoch_start, on_step=on_step, on_epoch=on_epoch, on_note=note)
 
 
 @contextmanager

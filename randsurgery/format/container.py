@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from randsurgery.errors import FileFormatError, OutputError
+from randsurgery.errors import FileFormatError, OutputError, UsageError
 from randsurgery.format.canonical import strict_json
 from randsurgery.format.fields import MAX_PAYLOAD_NAME, check_tensor_name
 from randsurgery.format.tensors import DTYPES, STORAGE, RawTensor, byte_count, claimed_bytes
@@ -210,22 +210,34 @@ def _bytes_of(array: npt.NDArray[Any]) -> memoryview:
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
-def check_output(path: str | os.PathLike[str], *, force: bool = False) -> Path:
+def check_output(
+    path: str | os.PathLike[str], *, force: bool = False, option: str = "--output"
+) -> Path:
     """Refuse early what would fail late: a missing or read-only folder, an existing file.
 
-    Raises OutputError. Call it before hours of training, too.
+    Raises OutputError, which names the option. Call it before hours of training, too.
     """
     target = Path(path)
     folder = target.parent
     if not folder.is_dir():
-        raise OutputError(f"{folder}: no such folder; create it or choose another --output")
+        raise OutputError(f"{folder}: no such folder; create it or choose another {option}")
     if not os.access(folder, os.W_OK | os.X_OK):
-        raise OutputError(f"{folder}: the folder may not be written; choose another --output")
+        raise OutputError(f"{folder}: the folder may not be written; choose another {option}")
     if target.is_dir():
         raise OutputError(f"{target}: is a folder, a file name is needed")
     if target.exists() and not force:
-        raise OutputError(f"{target}: exists already; choose another --output or pass --force")
+        raise OutputError(f"{target}: exists already; choose another {option} or pass --force")
     return target
+
+
+def check_network(path: str | os.PathLike[str], *, force: bool = False) -> Path:
+    """``check_output`` for files that commands are to read again, which they know by the ending.
+
+    Raises UsageError, too.
+    """
+    if Path(path).suffix != ".safetensors" and not Path(path).is_dir():
+        raise UsageError(f"--output must end in .safetensors, found {str(path)!r}")
+    return check_output(path, force=force)
 
 
 def write_atomically(

@@ -8,7 +8,7 @@ from typing import Any
 
 from randsurgery.errors import UsageError
 from randsurgery.format.checkpoint import Checkpoint
-from randsurgery.format.container import check_output
+from randsurgery.format.container import check_network
 from randsurgery.format.writing import write_checkpoint
 from randsurgery.jobs import runs
 from randsurgery.jobs.records import keep_base, with_provenance
@@ -92,6 +92,11 @@ def prepare_freeze(plan: FreezePlan) -> PreparedFreeze:
         revived = masked_tensors(made.recipe, made.member()) if plan.wish.slices else set()
         if plan.head is not None:
             made = with_fixed_head(made, plan.head, seed=seed, scale=plan.head_scale)
+        elif plan.wish.head == "learned" and (fixed := describe_head(made)):
+            raise UsageError(
+                f"--head learned: the classifier is fixed ({fixed['kind']}), its rows cannot be "
+                "learned; leave the option out to learn its scale and bias"
+            )
         model = meta_module(made)
         chosen = make_plan(model, plan.wish)
         layers = tuple(count_layers(model, chosen))
@@ -122,7 +127,7 @@ def _notes(head: dict[str, Any] | None, revived: set[str]) -> tuple[str, ...]:
 
 def run_freeze(job: PreparedFreeze) -> int:
     """Write the plan; returns the file's bytes. Raises OutputError if the file exists already."""
-    check_output(job.output, force=job.plan.force)
+    check_network(job.output, force=job.plan.force)
     keep_base(job.checkpoint, job.output)
     settings = {
         key: str(value) if key == "fraction" and value is not None else value

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from randsurgery.errors import UsageError
 from randsurgery.format.checkpoint import Checkpoint
-from randsurgery.format.container import check_output
+from randsurgery.format.container import check_network
 from randsurgery.format.writing import write_checkpoint
 from randsurgery.jobs.records import keep_base, with_provenance
 from randsurgery.jobs.sources import SourceSpec, masks_of, open_source, resolve_source
@@ -17,7 +17,7 @@ def resolve_init(spec: SourceSpec, output: str | None, *, force: bool) -> tuple[
     """The source, and where ``init`` writes, checked. The network has seen no image, so that it
     records no preprocessing."""
     name = spec.name.rpartition("/")[2].partition("@")[0]
-    path = check_output(output or f"{name}-init-{spec.seed}.safetensors", force=force)
+    path = check_network(output or f"{name}-init-{spec.seed}.safetensors", force=force)
     spec = resolve_source(spec)
     if spec.is_file:
         raise UsageError("init makes a network of an architecture; the source is a file already")

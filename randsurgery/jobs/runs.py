@@ -12,10 +12,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from randsurgery.errors import DataError, DivergedError, IncompatibleError, OutputError, UsageError
+from randsurgery.errors import (
+    DataError,
+    DivergedError,
+    FileFormatError,
+    IncompatibleError,
+    OutputError,
+    UsageError,
+)
 from randsurgery.format.canonical import canonical_json, digest
 from randsurgery.format.checkpoint import Checkpoint
-from randsurgery.format.container import check_output, clear_unfinished
+from randsurgery.format.container import check_network, check_output, clear_unfinished
 from randsurgery.format.recipe import DatasetSpec
 from randsurgery.format.writing import write_checkpoint
 from randsurgery.jobs.inputs import (
@@ -152,7 +159,7 @@ def prepare(
         plan.data.dataset, plan.data.data_dir, member.dataset if member else None
     )
     name = Path(plan.output or _default_output(plan, dataset, label))
-    if plan.resume is not None and state_path(name).is_file():
+    if _resumes_own(plan, name):
         # this run was let write there when it began; it may have been stopped after it had
         plan = replace(plan, force=True)
     output = _outputs(plan, name)
@@ -198,8 +205,8 @@ def _classes(given: int | None, dataset: DatasetSpec, train: Data) -> int:
 
 def _outputs(plan: RunPlan, name: Path) -> Path:
     """The output's path; it and all that is written beside it are checked."""
-    output = check_output(name, force=plan.force)
-    if state_path(output).exists() and plan.resume is None and not plan.force:
+    output = check_network(name, force=plan.force)
+    if state_path(output).exists() and not _resumes_own(plan, output) and not plan.force:
         raise OutputError(
             f"{state_path(output)}: is the state of a run that was stopped; --resume auto goes on "
             "with it, --force begins anew"
@@ -209,12 +216,22 @@ def _outputs(plan: RunPlan, name: Path) -> Path:
     if plan.plot is not None:
         if Path(plan.plot).suffix.lower() not in (".png", ".svg", ".pdf"):
             raise UsageError(f"--plot must end in .png, .svg or .pdf, found {plan.plot!r}")
-        check_output(plan.plot, force=plan.force)
+        check_output(plan.plot, force=plan.force, option="--plot")
     if plan.resume not in (None, "auto") and not Path(str(plan.resume)).is_file():
-        raise UsageError(f"--resume {plan.resume}: no such file; pass auto to start without one")
+        raise FileFormatError(
+            f"--resume {plan.resume}: no such file; pass auto to start without one"
+        )
     if unknown := [name for name in plan.log_to if name != "tensorboard"]:
         raise UsageError(f"unknown --log-to {unknown[0]!r}, expected tensorboard")
     return output
+
+
+def _resumes_own(plan: RunPlan, output: Path) -> bool:
+    """True if the state to go on from is the one beside the output."""
+    own = state_path(output)
+    if plan.resume is None or not own.is_file():
+        return False
+    return plan.resume == "auto" or own.resolve() == Path(plan.resume).resolve()
 
 
 def _default_output(plan: RunPlan, dataset: DatasetSpec, label: str) -> str:
@@ -243,7 +260,10 @@ def carry_out(job: Prepared, technique: Technique, hooks: Hooks | None = None) -
     """
     plan, state_file = job.plan, state_path(job.output)
     run = identity(job, technique)
+    hooks = hooks or Hooks()
     resumed = resumed_state(job, technique)
+    if resumed is not None and (word := resumed.elsewhere()):
+        hooks.on_note(word)
     for name in (job.output.name, state_file.name):
         clear_unfinished(job.output.with_name(name))
     model = build(job.checkpoint).to(job.device)
@@ -259,7 +279,7 @@ def carry_out(job: Prepared, technique: Technique, hooks: Hooks | None = None) -
     try:
         with Recorder(job.output, plan.log_to) as recorder:
             recorder.repeat(resumed.values["history"] if resumed else [])
-            hooks = _joined(hooks or Hooks(), watch, recorder, model, resumed)
+            hooks = _joined(hooks, watch, recorder, model, resumed)
             hooks.on_state = keep
             hooks.state_every = plan.state_every
             records = fit(model, job.train, job.test, job.settings, hooks, resume=resumed)
@@ -273,7 +293,9 @@ def carry_out(job: Prepared, technique: Technique, hooks: Hooks | None = None) -
             write_settings(job.output, options, job.dataset)
     except DivergedError as error:
         raise DivergedError(
-            f"{error}; the last good state is {state_file}" if kept else str(error)
+            f"{error}; the last good state is {state_file}, --force begins anew over it"
+            if kept
+            else str(error)
         ) from None
     except KeyboardInterrupt:
         if not kept:

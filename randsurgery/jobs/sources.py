@@ -110,6 +110,8 @@ def open_source(spec: SourceSpec) -> Checkpoint:
         if isinstance(found.payloads, Container):
             found.payloads.__exit__()  # its payloads have been copied
         return flat
+    if spec.base is not None:
+        raise UsageError("--base goes with a file that builds on one; for weights: --checkpoint")
     if spec.pretrained or spec.checkpoint:
         return _open_dense(spec)
     assert spec.init is not None

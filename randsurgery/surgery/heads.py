@@ -287,11 +287,14 @@ def with_head(checkpoint: Checkpoint, classes: int) -> Checkpoint:
 
 
 def _refixed(checkpoint: Checkpoint, head: HeadSpec, spec: ModelSpec, classes: int) -> Checkpoint:
-    """The fixed classifier made anew for another number of classes, unless its bias is learned."""
+    """The fixed classifier made anew for another number of classes, unless its bias or scale is
+    learned."""
     member = checkpoint.member()
     assert checkpoint.recipe.model is not None
     places = _places(build_meta(checkpoint.recipe.model))
-    if any(f"{place}.bias" in member.tensors for place in places):
+    recipe = checkpoint.recipe
+    names = [f"{place}.{leaf}" for place in places for leaf in ("bias", "scale")]
+    if any(name in member.tensors or recipe.tensors[name].overlays for name in names):
         raise IncompatibleError(
             f"the classifier's bias is learned for {head.classes} classes, {classes} are wanted; "
             f"pass --num-classes {head.classes} or start from another file"

@@ -72,8 +72,10 @@ class Freeze:
             raise UsageError("--fraction and --count exclude each other")
         if self.fraction is not None:
             parse_fraction(self.fraction, "fraction")
-        if self.count is not None and self.count < 1:
-            raise UsageError(f"--count must be at least 1, found {self.count}")
+        for what, number, bound in (("--count", self.count, 1), ("--min", self.least, 0)):
+            whole = isinstance(number, int) and not isinstance(number, bool)
+            if number is not None and not (whole and number >= bound):
+                raise UsageError(f"{what} must be a whole number from {bound} on, found {number!r}")
         if self.dim not in get_args(Dim):
             raise UsageError(f"unknown --dim {self.dim!r}, expected {', '.join(get_args(Dim))}")
         if self.linear not in ("sliced", "whole"):
@@ -218,7 +220,10 @@ def _check_use(model: nn.Module, wish: Freeze, plan: Plan) -> None:
             f"{option} slices nothing: norms and the classifier are learned whole, and so are "
             "linear layers with --linear whole; leave it out, or name other layers with --only"
         )
-    told = wish.only or wish.slices or fixed_heads(model) or wish.statistics == "frozen"
+    still = wish.statistics == "frozen" and any(
+        name.endswith("running_mean") for name, _ in model.named_buffers()
+    )
+    told = wish.only or wish.slices or fixed_heads(model) or still
     if not told and plan.tensors == everything(model).tensors:
         raise UsageError(
             "nothing would be frozen; give --fraction, --count, --only, or what is to be frozen"

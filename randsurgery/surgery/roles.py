@@ -54,11 +54,14 @@ class TensorRole:
 
 
 def is_norm(module: nn.Module) -> bool:
-    """True for normalisation layers, torch's and those timm calls so."""
+    """True for normalisation layers, torch's and those timm calls so; not for blocks that bear the
+    word in their name because they hold one beside convolutions or linear maps."""
     if isinstance(module, _NORMS):
         return True
     name = type(module).__name__
-    return bool(_NORM_CLASS.search(name)) and name not in _NORM_LIKE_BUT_NOT
+    if not _NORM_CLASS.search(name) or name in _NORM_LIKE_BUT_NOT:
+        return False
+    return not any(weight_names(inner) for inner in module.modules())
 
 
 def _fans(module: nn.Module, weight: torch.Tensor) -> tuple[int, int]:

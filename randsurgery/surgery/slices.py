@@ -99,6 +99,9 @@ def _conv_backward(
 
 FEW_PIXELS = 32
 """Below, a matrix product an image costs more than the library's convolution."""
+MANY_PRODUCTS = 1 << 22
+"""Elements of all images' products; above, the library's convolution is no slower and takes less
+memory."""
 
 
 def _weight_gradient(
@@ -109,7 +112,8 @@ def _weight_gradient(
     pointwise = weight.shape[2:] == (1, 1) and where[:2] == ((1, 1), (0, 0))
     plain = gradient.dtype in (torch.float32, torch.float64) and gradient.device.type == "cpu"
     laid_out = not x.is_contiguous(memory_format=torch.channels_last) or x.is_contiguous()
-    if not (pointwise and plain and laid_out and gradient.shape[2:].numel() >= FEW_PIXELS):
+    few = gradient.shape[2:].numel() < FEW_PIXELS or len(x) * weight.numel() > MANY_PRODUCTS
+    if few or not (pointwise and plain and laid_out):
         return _conv_backward(gradient, x, weight, where, of_weight=True)
     product = gradient.flatten(2) @ x.flatten(2).transpose(1, 2)
     return product.sum(0).view(weight.shape)
@@ -209,7 +213,9 @@ class SlicedConv2d(_Sliced, nn.Conv2d):  # type: ignore[override]
     """A plain nn.Conv2d of which a slice is learned."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(N, in, H, W) -> (N, out, H', W')."""
+        """(N, in, H, W) -> (N, out, H', W'), or without N."""
+        if x.dim() == 3:
+            return self.forward(x.unsqueeze(0)).squeeze(0)
         operands = self.operands(x)
         with torch.autocast(x.device.type, enabled=False):
             out: torch.Tensor = _ConvSlice.apply(*operands)

@@ -37,6 +37,7 @@ class Hooks:
     on_epoch_start: Callable[[int, int], None] = lambda epoch, steps: None
     on_step: Callable[[int, float], None] = lambda step, loss: None
     on_epoch: Callable[[Record], None] = lambda record: None
+    on_note: Callable[[str], None] = lambda word: None
     extra: Callable[[], Record] = dict
     on_state: Callable[[RunState], None] | None = None  # at each epoch's end
     state_every: int = 0  # and every so many steps, if not 0
@@ -207,8 +208,8 @@ def _epoch(run: Run, train: Data, hooks: Hooks) -> Record:
         value = float(loss.detach())
         if not math.isfinite(value):
             raise DivergedError(
-                f"the loss is {value} at step {run.step + 1} (epoch {run.epoch + 1}); lower --lr, "
-                "or --clip-grad"
+                f"the loss is {value} at step {run.step + 1} (epoch {run.epoch + 1}); pass a lower "
+                "--lr, or --clip-grad"
             )
         run.step += 1
         _add(run.sums, value, logits, batch[1])
@@ -229,8 +230,8 @@ def _check_finite(run: Run) -> None:
     """A step may ruin what it learns without its own loss telling."""
     if not all(bool(torch.isfinite(p).all()) for p in run.learned):
         raise DivergedError(
-            f"a learned value is not finite after step {run.step} (epoch {run.epoch + 1}); lower "
-            "--lr, or --clip-grad"
+            f"a learned value is not finite after step {run.step} (epoch {run.epoch + 1}); pass a "
+            "lower --lr, or --clip-grad"
         )
 
 

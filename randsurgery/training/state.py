@@ -57,7 +57,15 @@ class RunState:
                     else:
                         numbers.setdefault(str(index), {})[name] = value
             values["numbers"] = numbers
-        return cls(epoch, step, tensors, values)
+        return cls(epoch, step, tensors, {**values, "made_with": here_with()})
+
+    def elsewhere(self) -> str | None:
+        """A word if the state was written where a step gives other bits; None if not."""
+        written, here = self.values.get("made_with", here_with()), here_with()
+        if written == here:
+            return None
+        told = ", ".join(f"{key} {written.get(key)}, here {here[key]}" for key in here)
+        return f"the state was written with {told}: the result may differ in its last bits"
 
     def part(self, prefix: str) -> dict[str, torch.Tensor]:
         """The tensors under a prefix, by the rest of their names."""
@@ -93,6 +101,11 @@ class RunState:
                 f"the state's optimiser is another one than here ({reason(error)}); resume with "
                 "the versions of torch and timm that it was written with"
             ) from None
+
+
+def here_with() -> dict[str, Any]:
+    """What the bits of a step depend on beside the run itself."""
+    return {"torch": torch.__version__.split("+")[0], "threads": torch.get_num_threads()}
 
 
 def _plain(group: dict[str, Any]) -> dict[str, Any]:
