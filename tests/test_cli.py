@@ -411,7 +411,7 @@ def test_a_self_contained_export_needs_no_base(here: Path) -> None:
 def test_export_checks_first_and_overwrites_only_with_force(net: Path, here: Path) -> None:
     Path("dense.safetensors").write_bytes(b"mine")
     assert "--force" in fails(6, "export", net, "-o", "dense.safetensors")
-    assert "unknown --format" in fails(2, "export", net, "--format", "onnx")
+    assert "unknown --format" in fails(2, "export", net, "--format", "tflite")
     assert "would write" in succeed("export", net, "--dry-run").stderr
     assert listing(here) == {"dense.safetensors": b"mine"}
     succeed("export", net, "-o", "dense.safetensors", "--force")

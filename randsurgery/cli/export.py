@@ -1,4 +1,4 @@
-"""``randsurgery export``: a file as a plain dense checkpoint."""
+"""``randsurgery export``: a file as a plain dense checkpoint, or as ONNX."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ def export(
         str,
         typer.Option(
             help="dense: one safetensors file; timm: a folder with model.safetensors and "
-            "config.json, ready to upload."
+            "config.json, ready to upload; onnx: one file that ONNX runtimes read "
+            "(needs the extra onnx)."
         ),
     ] = "dense",
     self_contained: Annotated[
@@ -36,7 +37,7 @@ def export(
     quiet: common.Quiet = False,
     verbose: common.Verbose = False,
 ) -> None:
-    """Write dense weights that plain timm loads, no randsurgery needed."""
+    """Write dense weights that plain timm or an ONNX runtime loads, no randsurgery needed."""
     from randsurgery.jobs import export as job
 
     plan = job.prepare(
@@ -47,13 +48,26 @@ def export(
         base=base,
         force=force,
     )
+    graph = plan.graph  # of an ONNX file
     with plan.checkpoint:
+        if graph is not None:
+            note(graph.note())
         if dry_run:
             note(f"would write {plan.target}")
             return
         written = job.run(plan)
+    found = {"path": str(plan.target), "bytes": written.bytes, "load": plan.how_to_load}
+    if graph is not None:
+        found |= {**graph.to_json(), "difference": written.difference}
+        note(_verdict(written.difference))
     if json:
-        print_json({"path": str(plan.target), "bytes": written, "load": plan.how_to_load})
+        print_json(found)
         return
-    common.out().print(f"{common.clean(str(plan.target))}: {size(written)}")
+    common.out().print(f"{common.clean(str(plan.target))}: {size(written.bytes)}")
     common.out().print(plan.how_to_load)
+
+
+def _verdict(difference: float | None) -> str:
+    if difference is None:
+        return "written and checked; onnxruntime is not installed, so no logits were compared"
+    return f"written and verified: logits differ from torch's by {difference:.0e} of the largest"

@@ -10,5 +10,6 @@ Modules import only those above them in this list:
     inputs    which images it sees: dataset, preprocessing, device
     records   what is written beside the weights: provenance, metrics, downloaded bases
     runs      what all training jobs share
+    onnx      a network as an ONNX file
     init, freeze, popup, train, evaluate, predict, export   one module a command
 """

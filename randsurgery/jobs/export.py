@@ -1,4 +1,4 @@
-"""``export``: dense safetensors, timm folders, self-contained files."""
+"""``export``: dense safetensors, timm folders, ONNX files, self-contained files."""
 
 from __future__ import annotations
 
@@ -21,10 +21,11 @@ from randsurgery.format.rebuild import payload_name
 from randsurgery.format.recipe import BaseSource, Member, MemberTensor, Recipe, StoredSource
 from randsurgery.format.writing import write_checkpoint
 from randsurgery.jobs.hub import PREFIX, local_file
+from randsurgery.jobs.onnx import Graph, plan_graph, write_graph
 from randsurgery.surgery.bases import open_checkpoint
 from randsurgery.surgery.zoo import zoo_names
 
-KINDS = ("dense", "timm", "self-contained")
+KINDS = ("dense", "timm", "onnx", "self-contained")
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class Export:
     target: Path
     how_to_load: str
     force: bool
+    graph: Graph | None = None  # of an ONNX file
 
 
 def prepare(
@@ -47,20 +49,21 @@ def prepare(
     The export's checkpoint is to be closed by the caller.
     """
     if kind not in KINDS:
-        raise UsageError(f"unknown --format {kind!r}, expected dense or timm")
+        raise UsageError(f"unknown --format {kind!r}, expected dense, timm or onnx")
     with contextlib.ExitStack() as stack:
         path = local_file(file)
         checkpoint = stack.enter_context(open_checkpoint(path, base))
         who = checkpoint.member(member)
+        graph = plan_graph(checkpoint.recipe, who) if kind == "onnx" else None
         target = _target(checkpoint, output, _stem(file), kind, force)
-        if who.head is not None and who.head.kind != "linear" and kind != "self-contained":
+        if kind in ("dense", "timm") and who.head is not None and who.head.kind != "linear":
             raise IncompatibleError(
                 f"the classifier is fixed ({who.head.kind}): it normalises its input, which no "
-                "architecture of timm's does; randsurgery.load serves it"
+                "architecture of timm's does; randsurgery.load and --format onnx serve it"
             )
         load = _how_to_load(checkpoint.recipe, who, kind, target)
         stack.pop_all()
-    return Export(checkpoint, who, kind, target, load, force)
+    return Export(checkpoint, who, kind, target, load, force, graph)
 
 
 def _stem(file: str) -> str:
@@ -69,6 +72,8 @@ def _stem(file: str) -> str:
 
 
 def _target(checkpoint: Checkpoint, output: str | None, stem: str, kind: str, force: bool) -> Path:
+    if kind == "onnx":
+        return check_output(output or f"{stem}.onnx", force=force)
     if kind != "timm":
         return check_output(output or f"{stem}-{kind}.safetensors", force=force)
     target = Path(output or f"{stem}-timm")
@@ -85,6 +90,9 @@ def _target(checkpoint: Checkpoint, output: str | None, stem: str, kind: str, fo
 def _how_to_load(recipe: Recipe, member: Member, kind: str, target: Path) -> str:
     if kind == "self-contained":
         return f"randsurgery.load({str(target)!r})"
+    if kind == "onnx":
+        session = f"onnxruntime.InferenceSession({str(target)!r})"
+        return f"{session}.run(None, {{'input': images}})"
     if recipe.model is None:
         return f"safetensors.torch.load_file({str(target)!r})"
     ours = recipe.model.name in zoo_names()
@@ -105,8 +113,17 @@ def _argument(value: Any) -> str:
     return repr(value)
 
 
-def run(plan: Export) -> int:
-    """Write the export; returns its bytes. Raises OutputError."""
+@dataclass(frozen=True)
+class Written:
+    """What was written: its bytes and, of an ONNX file that was run, how far its logits are from
+    torch's, as a share of the largest."""
+
+    bytes: int
+    difference: float | None = None
+
+
+def run(plan: Export) -> Written:
+    """Write the export. Raises OutputError, IncompatibleError."""
     if plan.kind == "dense":
         tensors = plan.checkpoint.tensors(plan.member.name)
 
@@ -116,10 +133,13 @@ def run(plan: Export) -> int:
                     if not again.read(name).same_bits(raw):
                         raise FileFormatError(f"{written}: {name} read back differs")
 
-        return write_atomically(plan.target, pack(tensors, {"format": "pt"}), verify)
+        return Written(write_atomically(plan.target, pack(tensors, {"format": "pt"}), verify))
     if plan.kind == "self-contained":
-        return write_checkpoint(plan.target, self_contained(plan.checkpoint), force=plan.force)
-    return _timm_folder(plan)
+        whole = self_contained(plan.checkpoint)
+        return Written(write_checkpoint(plan.target, whole, force=plan.force))
+    if plan.graph is not None:
+        return Written(*write_graph(plan.checkpoint, plan.member, plan.graph, plan.target))
+    return Written(_timm_folder(plan))
 
 
 def self_contained(checkpoint: Checkpoint) -> Checkpoint:
