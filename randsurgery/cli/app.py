@@ -7,7 +7,17 @@ from typing import Annotated
 import typer
 
 from randsurgery._version import __version__
-from randsurgery.cli import common, evaluate, export, freeze, init, inspect, popup, train
+from randsurgery.cli import (
+    common,
+    convert,
+    evaluate,
+    export,
+    freeze,
+    init,
+    inspect,
+    popup,
+    train,
+)
 
 EXIT_CODES = (
     "Exit codes: 0 done; 1 differences found; 2 usage; 3 unreadable or corrupt file; "
@@ -46,6 +56,7 @@ app.command("train")(train.train)
 app.command("popup")(popup.popup)
 app.command("eval")(evaluate.evaluate)
 app.command("export")(export.export)
+app.command("convert")(convert.convert)
 app.add_typer(inspect.app, name="inspect")
 
 

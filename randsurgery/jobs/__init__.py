@@ -10,5 +10,5 @@ Modules import only those above them in this list:
     inputs    which images it sees: dataset, preprocessing, device
     records   what is written beside the weights: provenance, metrics, downloaded bases
     runs      what all training jobs share
-    init, freeze, popup, train, evaluate, export   one module a command
+    init, freeze, popup, train, evaluate, export, convert   one module a command
 """

@@ -39,14 +39,19 @@ from randsurgery.format.recipe import (
     Recipe,
     ReplaceOverlay,
     ScatterOverlay,
-    SliceOverlay,
 )
 from randsurgery.format.tensors import RawTensor, hex_float
 from randsurgery.surgery import popup, slices
 from randsurgery.surgery.architectures import build_initialised, build_meta, fill_hidden
 from randsurgery.surgery.heads import install
 from randsurgery.surgery.plans import everything
-from randsurgery.surgery.recipes import stored_entry
+from randsurgery.surgery.sentences import (
+    leading,
+    mask_overlay,
+    scatter_overlay,
+    slice_overlay,
+    stored_entry,
+)
 from randsurgery.surgery.tensors import dtype_name, from_torch, to_torch
 
 
@@ -187,15 +192,40 @@ def harvest(
     Other members keep their overlays and payload bytes. Raises IncompatibleError if the module's
     tensors are not those of the checkpoint.
     """
+    check_fit(checkpoint.recipe, checkpoint.member(member), model, "the module")
+    kept = popup.attached(model) if scores else {}
+    return record(
+        checkpoint,
+        {name: from_torch(tensor, name) for name, tensor in plain_state(model).items()},
+        chosen=popup.harvest(model),
+        alive=slices.survivors(model),
+        parts=slices.attached(model),
+        scores={n: from_torch(layer.scores.detach().clone(), n) for n, layer in kept.items()},
+        member=member,
+    )
+
+
+def record(
+    checkpoint: Checkpoint,
+    state: Mapping[str, RawTensor],
+    *,
+    chosen: Mapping[str, masks.Mask],
+    alive: Mapping[str, masks.Mask] | None = None,
+    parts: Mapping[str, Learned] | None = None,
+    scores: Mapping[str, RawTensor] | None = None,
+    member: str | None = None,
+) -> Checkpoint:
+    """The checkpoint whose member's finished tensors are ``state``, as ``harvest`` describes.
+
+    ``chosen``: masks over the tensors, which stand in ``state`` unmasked; ``alive``: positions that
+    were learned, all else being zero; ``parts``: learned slices; ``scores``: F32, to be kept.
+    """
     who = checkpoint.member(member)
-    state = plain_state(model)
-    check_fit(checkpoint.recipe, who, model, "the module")
+    alive, parts = alive or {}, parts or {}
     payloads = Memory({n: checkpoint.payloads.read(n) for n in _kept_payloads(checkpoint, who)})
-    chosen, alive = popup.harvest(model), slices.survivors(model)
-    parts = slices.attached(model)
     tensors: dict[str, MemberTensor] = {}
     for name in sorted(state):
-        raw = from_torch(state[name], name)
+        raw = state[name]
         change: MemberTensor | None
         if name in alive:
             change = MemberTensor(entry=_scattered(who, name, raw, alive[name], payloads))
@@ -204,9 +234,11 @@ def harvest(
             change = _change(checkpoint, who, name, raw, mask, part, payloads)
         if change is not None:
             tensors[name] = change
-    update: dict[str, object] = {"tensors": tensors, "scores": {}}
-    if scores:
-        update["scores"] = _store_scores(model, who.name, payloads)
+    digests: dict[str, str] = {}
+    for name, raw in (scores or {}).items():
+        payloads[payload_name(who.name, name, "scores")] = raw
+        digests[name] = digest(raw.array)
+    update: dict[str, object] = {"tensors": tensors, "scores": digests}
     recipe = checkpoint.recipe.with_member(who.model_copy(update=update))
     return Checkpoint(recipe, payloads, checkpoint.bases)
 
@@ -236,7 +268,10 @@ def _change(
     if shared is None or not shared.same_bits(raw):
         fits = shared is not None and (shared.dtype, shared.shape) == (raw.dtype, raw.shape)
         if fits and shared is not None and part is not None and _only_slice(shared, raw, part):
-            return MemberTensor(overlays=(_slice_overlay(raw, part, member.name, name, payloads),))
+            assert part.dim is not None
+            assert part.count is not None
+            overlay = slice_overlay(raw, part.dim, part.count, member.name, name, 0, payloads)
+            return MemberTensor(overlays=(overlay,))
         slot = payload_name(member.name, name, "0.tensor" if fits else "source")
         entry = stored_entry(raw, slot if not fits else "", payloads)
         if not fits or entry.source.kind == "constant":
@@ -244,30 +279,18 @@ def _change(
         payloads[slot] = payloads.pop("")
         overlays.append(ReplaceOverlay(digest=digest(raw.array)))
     if mask is not None:
-        overlays.append(_mask_overlay(mask, member.name, name, len(overlays), payloads))
+        overlays.append(mask_overlay(mask, member.name, name, len(overlays), payloads))
     return MemberTensor(overlays=tuple(overlays)) if overlays else None
-
-
-def _where(part: Learned) -> tuple[slice, ...]:
-    assert part.dim is not None
-    return (*[slice(None)] * part.dim, slice(part.count))
 
 
 def _only_slice(shared: RawTensor, raw: RawTensor, part: Learned) -> bool:
     """True if the two differ within the slice at most."""
-    expected = shared.array.copy()
-    expected[_where(part)] = raw.array[_where(part)]
-    return RawTensor(raw.dtype, expected).same_bits(raw)
-
-
-def _slice_overlay(
-    raw: RawTensor, part: Learned, owner: str, name: str, payloads: Memory
-) -> SliceOverlay:
     assert part.dim is not None
     assert part.count is not None
-    values = RawTensor(raw.dtype, np.ascontiguousarray(raw.array[_where(part)]))
-    payloads[payload_name(owner, name, "0.slice")] = values
-    return SliceOverlay(dim=part.dim, count=part.count, digest=digest(values.array))
+    where = leading(part.dim, part.count)
+    expected = shared.array.copy()
+    expected[where] = raw.array[where]
+    return RawTensor(raw.dtype, expected).same_bits(raw)
 
 
 def _scattered(
@@ -275,13 +298,7 @@ def _scattered(
 ) -> Entry:
     """Zeros with the survivors' values: the drawn values under them leave no trace, so the
     sentence starts from a constant and the mask is stored once."""
-    bits = _mask_overlay(mask, member.name, name, 0, payloads)
-    values = RawTensor(raw.dtype, raw.array.reshape(-1)[mask.unpack()])
-    payloads[payload_name(member.name, name, "0.values")] = values
-    overlay = ScatterOverlay(
-        encoding=bits.encoding, count=bits.count, digest=bits.digest,
-        values_digest=digest(values.array),
-    )  # fmt: skip
+    overlay = scatter_overlay(raw, mask, member.name, name, 0, payloads)
     source = ConstantSource(value=hex_float(0.0))
     return Entry(dtype=raw.dtype, shape=raw.shape, source=source, overlays=(overlay,))  # type: ignore[arg-type]
 
@@ -327,17 +344,8 @@ def _masked_entry(
 ) -> Entry:
     if mask is None:
         return entry
-    overlay = _mask_overlay(mask, member.name, name, 0, payloads)
+    overlay = mask_overlay(mask, member.name, name, 0, payloads)
     return entry.model_copy(update={"overlays": (overlay,)})
-
-
-def _mask_overlay(
-    mask: masks.Mask, owner: str, name: str, index: int, payloads: Memory
-) -> MaskOverlay:
-    encoding, payload = masks.encode(mask)
-    raw = RawTensor("U8", np.frombuffer(payload, dtype=np.uint8))
-    payloads[payload_name(owner, name, f"{index}.mask")] = raw
-    return MaskOverlay(encoding=encoding, count=mask.count, digest=digest(raw.array))
 
 
 def _keep(checkpoint: Checkpoint, member: Member, name: str, payloads: Memory) -> MemberTensor:
@@ -348,12 +356,3 @@ def _keep(checkpoint: Checkpoint, member: Member, name: str, payloads: Memory) -
         payload = payload_name(member.name, name, slot)
         payloads[payload] = checkpoint.payloads.read(payload)
     return own
-
-
-def _store_scores(model: nn.Module, owner: str, payloads: Memory) -> dict[str, str]:
-    digests: dict[str, str] = {}
-    for name, layer in popup.attached(model).items():
-        raw = from_torch(layer.scores.detach().clone(), name)
-        payloads[payload_name(owner, name, "scores")] = raw
-        digests[name] = digest(raw.array)
-    return digests
