@@ -466,7 +466,7 @@ def test_the_input_is_not_overwritten_even_with_force() -> None:
     assert Path(file).read_bytes() == before
 
 
-def test_numpys_numbers_in_a_checkpoint_run_no_code(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_numpys_numbers_in_a_checkpoint_run_no_code() -> None:
     model = conv4()
     file = saved(model, best=np.float32(3), seen=np.int64(5))
     state = read_base(file)
@@ -475,6 +475,19 @@ def test_numpys_numbers_in_a_checkpoint_run_no_code(monkeypatch: pytest.MonkeyPa
     assert state.about["epoch"] == 100
     torch.save({"state_dict": model.state_dict(), "array": np.zeros(3)}, file)
     assert "more than tensors" in refused(3, file, *C4)
+
+
+def test_files_of_their_time_and_safetensors_are_read() -> None:
+    model = conv4()
+    theirs = twin.checkpoint(model, "Conv4")
+    torch.save(theirs, "old.pth", _use_new_zipfile_serialization=False)
+    data = Path("old.pth").read_bytes()
+    assert b"multiarray" in data
+    Path("old.pth").write_bytes(data.replace(b"numpy._core.", b"numpy.core."))  # before NumPy 2
+    save_dense(Path("theirs.safetensors"), theirs["state_dict"])
+    for file in ("old.pth", "theirs.safetensors"):
+        convert(file, *C4)
+        close(logits(rs.load("out.safetensors")), logits(model))
 
 
 # --- dense files ---------------------------------------------------------------------------------
@@ -592,12 +605,16 @@ def test_the_base_is_found_beside_the_file_or_the_user_is_told(here: Path) -> No
     said = run("convert", *arguments, "-o", "away/out.safetensors")
     assert said.exit_code == 0, said.output
     assert "does not lie beside it" in said.stderr
-    said = run("convert", *arguments, "-o", "out.safetensors")
+    said = run("convert", *arguments, "-o", "out.safetensors", "--force")
     assert "beside" not in said.stderr
+    assert_same_state(rs.load("out.safetensors").state_dict(), finetuned(base)[0])
     assert rs.load("away/out.safetensors", base="base.safetensors") is not None
+    torch.save(base, "base.pth")
+    convert("tuned.pth", "--arch", "test_resnet", "--base", "base.pth")
+    assert run("inspect", "verify", "out.safetensors").exit_code == 0  # it lies beside
     result = run("convert", *arguments, "-o", "base.safetensors", "--force")
     assert result.exit_code == 2
-    assert_same_state(rs.load("out.safetensors").state_dict(), finetuned(base)[0])
+    assert storage("base.safetensors").groups()[0][0] == "stored"  # as it was
 
 
 def test_dense_files_in_their_naming_convert_too() -> None:

@@ -126,10 +126,7 @@ def _with_scores(plan: ConvertPlan, found: Foreign, source: Base) -> Made:
     """A checkpoint of hidden-networks."""
     wish = plan.reading
     if plan.base is not None:
-        raise UsageError(
-            f"--base goes with dense checkpoints; {found.file} has scores, and its weights are "
-            "random"
-        )
+        raise UsageError(f"--base goes with dense checkpoints, but {found.file} has scores")
     recorded = recorded_k(source.about)
     k = recorded if wish.k is None else float(parse_fraction(wish.k, "--k"))
     named = k_of_folder(Path(plan.file))
@@ -144,7 +141,7 @@ def _with_scores(plan: ConvertPlan, found: Foreign, source: Base) -> Made:
         "masked_weights": sum(mask.size for mask in masks.masks.values()),
         "kept_weights": sum(mask.count for mask in masks.masks.values()),
         "weights": _weight_kinds(made, masks),
-        "scores": wish.save_scores,
+        "save_scores": wish.save_scores,
     }
     notes = _notes(facts, masks, wish)
     return made, meant(found, masks.masks), facts, notes
@@ -175,7 +172,7 @@ def _notes(facts: Mapping[str, Any], masks: Masks, wish: Reading) -> list[str]:
     if masks.tied:
         notes.append(
             f"equal |scores| at the cut in {len(masks.tied)} of {len(masks.masks)} layers: of "
-            "these the lower index is dropped first, as by a stable sort"
+            "these the lower index is dropped first (hidden-networks leaves it to torch's sort)"
         )
     stored = facts["weights"].get("stored")
     if stored and wish.weights == "auto":
