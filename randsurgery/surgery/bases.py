@@ -24,7 +24,7 @@ from randsurgery.format.checkpoint import (
     read_checkpoint,
 )
 from randsurgery.format.container import Container
-from randsurgery.format.rebuild import Payloads
+from randsurgery.format.rebuild import Payloads, check_affordable
 from randsurgery.surgery.randomness import borrowed
 from randsurgery.surgery.tensors import from_torch
 
@@ -53,6 +53,8 @@ def read_base(path: str | os.PathLike[str]) -> Base:
     file = Path(path)
     if not is_safetensors(file):
         state, about = _read_pickle(file)
+        # a tensor may repeat a few bytes without end
+        check_affordable(sum(v.numel() * v.element_size() for v in state.values()), file.name)
         memory = Memory({k: from_torch(v, k) for k, v in state.items()})
         names = tuple(sorted(memory))
         return Base(memory, names, identity(names, memory), file.name, about=about)
