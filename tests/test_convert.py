@@ -336,7 +336,7 @@ def test_a_dry_run_and_a_configuration_file(here: Path) -> None:
     assert result.stderr == ""
     report = json.loads(result.stdout)
     assert report["k"] == 0.3
-    assert report["output"] == "theirs-converted.safetensors"
+    assert report["path"] == "theirs-converted.safetensors"
     assert not (here / "theirs-converted.safetensors").exists()
     shown = run("convert", file, "-c", "c.yaml", "--dry-run")
     assert "kept_weights" in shown.stdout

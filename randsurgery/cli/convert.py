@@ -89,7 +89,7 @@ def convert(
             common.detail(f"{key}: {value}")
         if dry_run:
             if json:
-                print_json({"output": str(job.output), **job.facts})
+                print_json({"path": str(job.output), **job.facts})
             else:
                 render.show_pairs([(key, str(value)) for key, value in job.facts.items()])
             note(f"would write {job.output}")
