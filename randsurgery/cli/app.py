@@ -9,6 +9,7 @@ import typer
 from randsurgery._version import __version__
 from randsurgery.cli import (
     common,
+    convert,
     evaluate,
     export,
     freeze,
@@ -57,6 +58,7 @@ app.command("popup")(popup.popup)
 app.command("eval")(evaluate.evaluate)
 app.command("predict")(predict.predict)
 app.command("export")(export.export)
+app.command("convert")(convert.convert)
 app.add_typer(inspect.app, name="inspect")
 
 

@@ -45,8 +45,9 @@ def verify(
 ) -> None:
     """Rebuild every tensor and compare every digest; exit code 3 if one differs."""
     from randsurgery.cli import render
-    from randsurgery.inspection.verify import verify_file
+    from randsurgery.inspection.verify import pickled_base, verify_file
 
+    base = base or (str(found) if (found := pickled_base(file)) else None)
     tensors: object = base
     if base is not None and not base.endswith(".safetensors"):
         from randsurgery.surgery.bases import given_base  # .pth needs torch

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
-from randsurgery.format.checkpoint import read_checkpoint
+from randsurgery.format.checkpoint import is_safetensors, read_checkpoint
 from randsurgery.format.rebuild import Payloads
 from randsurgery.format.writing import (
     Check,
@@ -39,6 +40,14 @@ class VerifyReport:
             "checks": len(self.checks),
             "failures": [asdict(check) for check in self.failures],
         }
+
+
+def pickled_base(path: str | os.PathLike[str]) -> Path | None:
+    """The base that a file names, if it lies beside it and takes torch to be read."""
+    with read_checkpoint(path, need_bases=False) as checkpoint:
+        files = [ref.file for ref in checkpoint.recipe.bases.values() if ref.file is not None]
+    beside = (Path(path).parent / file for file in sorted(files) if not is_safetensors(file))
+    return next((file for file in beside if file.is_file()), None)
 
 
 def verify_file(

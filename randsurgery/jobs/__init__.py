@@ -11,5 +11,5 @@ Modules import only those above them in this list:
     records   what is written beside the weights: provenance, metrics, downloaded bases
     runs      what all training jobs share
     onnx      a network as an ONNX file
-    init, freeze, popup, train, evaluate, predict, export   one module a command
+    init, freeze, popup, train, evaluate, predict, export, convert   one module a command
 """

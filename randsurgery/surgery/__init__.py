@@ -4,6 +4,7 @@ Modules import only those above them in this list:
 
 tensors        torch tensors <-> raw tensors of the format
 randomness     torch's own generators, borrowed and given back
+sentences      values -> sources and overlays, with their payloads
 networks       the CIFAR networks of partial training, and LeNet-300-100, as modules
 zoo            the papers' architectures, entered in timm's registry
 architectures  registry names and arguments -> modules, checked before anything is allocated
@@ -20,4 +21,7 @@ supermask      supermasks (Zhou et al.)
 slices         partial training: attach a plan to a module
 modules        recipe -> module, module -> recipe
 tickets        masks on other weights, masks chosen anew from scores
+foreign        state dicts of other programs under an architecture's names and shapes
+hidden_networks  checkpoints of Ramanujan et al.'s code: their scores -> masks
+differences    a dense checkpoint against a base
 """

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import os
 import pickle
-from dataclasses import dataclass
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from randsurgery.format.checkpoint import (
     read_checkpoint,
 )
 from randsurgery.format.container import Container
-from randsurgery.format.rebuild import Payloads
+from randsurgery.format.rebuild import Payloads, check_affordable
 from randsurgery.surgery.randomness import borrowed
 from randsurgery.surgery.tensors import from_torch
 
@@ -32,7 +34,10 @@ _STATE_KEYS = ("state_dict_ema", "model_ema", "ema", "state_dict", "model")
 
 @dataclass(frozen=True)
 class Base:
-    """A dense checkpoint: its tensors by name, their identity, and where it came from."""
+    """A dense checkpoint: its tensors by name, their identity, and where it came from.
+
+    ``about``: what a training program saved beside the weights (epoch, architecture, optimiser).
+    """
 
     tensors: Payloads
     names: tuple[str, ...]
@@ -40,15 +45,19 @@ class Base:
     file: str | None
     origin: str | None = None
     revision: str | None = None
+    about: Mapping[str, Any] = field(default_factory=dict)
 
 
 def read_base(path: str | os.PathLike[str]) -> Base:
     """Open a dense checkpoint. Raises FileFormatError."""
     file = Path(path)
     if not is_safetensors(file):
-        memory = Memory({k: from_torch(v, k) for k, v in _read_pickle(file).items()})
+        state, about = _read_pickle(file)
+        # a tensor may repeat a few bytes without end
+        check_affordable(sum(v.numel() * v.element_size() for v in state.values()), file.name)
+        memory = Memory({k: from_torch(v, k) for k, v in state.items()})
         names = tuple(sorted(memory))
-        return Base(memory, names, identity(names, memory), file.name)
+        return Base(memory, names, identity(names, memory), file.name, about=about)
     with contextlib.ExitStack() as stack:
         container = stack.enter_context(Container(file))
         if is_checkpoint(container):
@@ -119,9 +128,33 @@ def pretrained_base(name: str) -> Base:
     return Base(tensors, names, identity(names, tensors), file, origin)
 
 
-def _read_pickle(path: Path) -> dict[str, torch.Tensor]:
+class _Inert:
+    """Stands for a NumPy dtype in a pickle, and keeps nothing of it."""
+
+    def __init__(self, *_: object) -> None: ...
+
+    def __setstate__(self, _: object) -> None: ...
+
+
+def _no_scalar(*_: object) -> None:
+    """Stands for a NumPy scalar in a pickle."""
+
+
+# Schedules that compute with NumPy leave its scalars in the optimiser's part of a checkpoint, which
+# torch then refuses. They are read as None, without running NumPy's code on a file's word.
+_NUMPY_SCALARS: list[Any] = [
+    (_Inert, "numpy.dtype"),
+    (_no_scalar, "numpy.core.multiarray.scalar"),
+    (_no_scalar, "numpy._core.multiarray.scalar"),
+]
+
+
+def _read_pickle(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """The state dict, and what lies beside it."""
     try:
-        found: Any = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(_NUMPY_SCALARS), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's, of formats that are old or seldom
+            found: Any = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise FileFormatError(f"{path}: no such file") from None
     except pickle.UnpicklingError:
@@ -133,9 +166,11 @@ def _read_pickle(path: Path) -> dict[str, torch.Tensor]:
         raise FileFormatError(
             f"{path.name}: not a checkpoint torch can read ({reason(error)})"
         ) from None
+    about: dict[str, Any] = {}
     if isinstance(found, dict):
         for key in _STATE_KEYS:
             if isinstance(found.get(key), dict):
+                about = {str(k): v for k, v in found.items() if k not in _STATE_KEYS}
                 found = found[key]
                 break
     tensors = (
@@ -145,4 +180,4 @@ def _read_pickle(path: Path) -> dict[str, torch.Tensor]:
     )
     if not tensors:
         raise FileFormatError(f"{path.name}: holds no state dict, expected names with tensors")
-    return tensors
+    return tensors, about

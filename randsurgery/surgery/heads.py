@@ -158,7 +158,7 @@ def describe_head(checkpoint: Checkpoint) -> dict[str, Any] | None:
     head = checkpoint.member().head
     if head is None or head.kind == "linear" or checkpoint.recipe.model is None:
         return None
-    place = _places(build_meta(checkpoint.recipe.model))[0]
+    place = last_layers(build_meta(checkpoint.recipe.model))[0]
     rows = checkpoint.tensor(f"{place}.weight").array
     return {"kind": head.kind, "rows": len(rows), "width": rows.shape[1],
             "coherence": coherence(rows)}  # fmt: skip
@@ -210,7 +210,7 @@ def with_fixed_head(
     if scale is not None and not (math.isfinite(scale) and scale > 0):
         raise UsageError(f"--head-scale must be above 0, found {scale}")
     shell = build_meta(recipe.model)
-    gone = tuple(f"{place}." for place in _places(shell))
+    gone = tuple(f"{place}." for place in last_layers(shell))
     tensors = {n: e for n, e in recipe.tensors.items() if not n.startswith(gone)}
     own = {n: e for n, e in who.tensors.items() if not n.startswith(gone)}
     payloads = Memory(
@@ -243,7 +243,8 @@ def with_fixed_head(
     return replace(checkpoint, recipe=changed, payloads=payloads, opened=opened)
 
 
-def _places(model: nn.Module) -> list[str]:
+def last_layers(model: nn.Module) -> list[str]:
+    """The dotted names of the layers that give the logits, one for each classifier."""
     return [_last_layer(model, name)[0] for name in classifier_names(model)]
 
 
@@ -291,7 +292,7 @@ def _refixed(checkpoint: Checkpoint, head: HeadSpec, spec: ModelSpec, classes: i
     learned."""
     member = checkpoint.member()
     assert checkpoint.recipe.model is not None
-    places = _places(build_meta(checkpoint.recipe.model))
+    places = last_layers(build_meta(checkpoint.recipe.model))
     recipe = checkpoint.recipe
     names = [f"{place}.{leaf}" for place in places for leaf in ("bias", "scale")]
     if any(name in member.tensors or recipe.tensors[name].overlays for name in names):

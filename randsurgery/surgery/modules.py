@@ -29,6 +29,7 @@ from randsurgery.format.rebuild import (
     sentence,
 )
 from randsurgery.format.recipe import (
+    Algorithm,
     ConstantSource,
     Entry,
     Learned,
@@ -40,7 +41,6 @@ from randsurgery.format.recipe import (
     ReplaceOverlay,
     ScaleOverlay,
     ScatterOverlay,
-    SliceOverlay,
 )
 from randsurgery.format.tensors import RawTensor, hex_float
 from randsurgery.surgery import scores as scoring
@@ -48,7 +48,13 @@ from randsurgery.surgery import slices
 from randsurgery.surgery.architectures import build_initialised, build_meta, fill_hidden
 from randsurgery.surgery.heads import install
 from randsurgery.surgery.plans import everything
-from randsurgery.surgery.recipes import stored_entry
+from randsurgery.surgery.sentences import (
+    leading,
+    mask_overlay,
+    scatter_overlay,
+    slice_overlay,
+    stored_entry,
+)
 from randsurgery.surgery.tensors import dtype_name, from_torch, to_torch
 
 
@@ -189,38 +195,66 @@ def harvest(
     Other members keep their overlays and payload bytes. Raises IncompatibleError if the module's
     tensors are not those of the checkpoint.
     """
+    check_fit(checkpoint.recipe, checkpoint.member(member), model, "the module")
+    layers = scoring.attached(model)
+    kept = layers if scores else {}
+    return record(
+        checkpoint,
+        {name: from_torch(tensor, name) for name, tensor in plain_state(model).items()},
+        chosen=scoring.harvest(model),
+        factors={name: layer.factor for name, layer in layers.items()},
+        alive=slices.survivors(model),
+        parts=slices.attached(model),
+        scores={n: from_torch(layer.scores.detach().clone(), n) for n, layer in kept.items()},
+        algorithm=next((layer.algorithm for layer in kept.values()), "edge-popup"),
+        member=member,
+    )
+
+
+def record(
+    checkpoint: Checkpoint,
+    state: Mapping[str, RawTensor],
+    *,
+    chosen: Mapping[str, masks.Mask],
+    factors: Mapping[str, float] | None = None,
+    alive: Mapping[str, masks.Mask] | None = None,
+    parts: Mapping[str, Learned] | None = None,
+    scores: Mapping[str, RawTensor] | None = None,
+    algorithm: Algorithm = "edge-popup",
+    member: str | None = None,
+) -> Checkpoint:
+    """The checkpoint whose member's finished tensors are ``state``, as ``harvest`` describes.
+
+    ``chosen``: masks over the tensors, which stand in ``state`` unmasked, and ``factors`` of what
+    they keep; ``alive``: positions that were learned, all else being zero; ``parts``: learned
+    slices; ``scores``: F32, to be kept, of ``algorithm``.
+    """
     who = checkpoint.member(member)
-    state = plain_state(model)
-    check_fit(checkpoint.recipe, who, model, "the module")
+    alive, parts = alive or {}, parts or {}
     payloads = Memory({n: checkpoint.payloads.read(n) for n in _kept_payloads(checkpoint, who)})
-    chosen, alive = _chosen(model), slices.survivors(model)
-    parts = slices.attached(model)
     tensors: dict[str, MemberTensor] = {}
     for name in sorted(state):
-        raw = from_torch(state[name], name)
+        raw = state[name]
         change: MemberTensor | None
         if name in alive:
             change = MemberTensor(entry=_scattered(who, name, raw, alive[name], payloads))
         else:
-            mask, part = chosen.get(name), parts.get(name)
-            change = _change(checkpoint, who, name, raw, mask, part, payloads)
+            factor = (factors or {}).get(name, 1.0)
+            mask = (chosen[name], factor) if name in chosen else None
+            change = _change(checkpoint, who, name, raw, mask, parts.get(name), payloads)
         if change is not None:
             tensors[name] = change
-    update: dict[str, object] = {"tensors": tensors, "scores": {}, "algorithm": "edge-popup"}
-    if scores and chosen:
-        update["scores"] = _store_scores(model, who.name, payloads)
-        update["algorithm"] = next(iter(scoring.attached(model).values())).algorithm
+    digests: dict[str, str] = {}
+    for name, raw in (scores or {}).items():
+        payloads[payload_name(who.name, name, "scores")] = raw
+        digests[name] = digest(raw.array)
+    update: dict[str, object] = {"tensors": tensors, "scores": digests, "algorithm": algorithm}
     recipe = checkpoint.recipe.with_member(who.model_copy(update=update))
     return Checkpoint(recipe, payloads, checkpoint.bases)
 
 
 Chosen = tuple[masks.Mask, float]
 """A mask, and the factor of the weights under it."""
-
-
-def _chosen(model: nn.Module) -> dict[str, Chosen]:
-    layers = scoring.attached(model)
-    return {name: (mask, layers[name].factor) for name, mask in scoring.harvest(model).items()}
 
 
 def _kept_payloads(checkpoint: Checkpoint, member: Member) -> list[str]:
@@ -248,7 +282,10 @@ def _change(
     if shared is None or not shared.same_bits(raw):
         fits = shared is not None and (shared.dtype, shared.shape) == (raw.dtype, raw.shape)
         if fits and shared is not None and part is not None and _only_slice(shared, raw, part):
-            return MemberTensor(overlays=(_slice_overlay(raw, part, member.name, name, payloads),))
+            assert part.dim is not None
+            assert part.count is not None
+            overlay = slice_overlay(raw, part.dim, part.count, member.name, name, 0, payloads)
+            return MemberTensor(overlays=(overlay,))
         slot = payload_name(member.name, name, "0.tensor" if fits else "source")
         entry = stored_entry(raw, slot if not fits else "", payloads)
         if not fits or entry.source.kind == "constant":
@@ -260,26 +297,14 @@ def _change(
     return MemberTensor(overlays=tuple(overlays)) if overlays else None
 
 
-def _where(part: Learned) -> tuple[slice, ...]:
-    assert part.dim is not None
-    return (*[slice(None)] * part.dim, slice(part.count))
-
-
 def _only_slice(shared: RawTensor, raw: RawTensor, part: Learned) -> bool:
     """True if the two differ within the slice at most."""
-    expected = shared.array.copy()
-    expected[_where(part)] = raw.array[_where(part)]
-    return RawTensor(raw.dtype, expected).same_bits(raw)
-
-
-def _slice_overlay(
-    raw: RawTensor, part: Learned, owner: str, name: str, payloads: Memory
-) -> SliceOverlay:
     assert part.dim is not None
     assert part.count is not None
-    values = RawTensor(raw.dtype, np.ascontiguousarray(raw.array[_where(part)]))
-    payloads[payload_name(owner, name, "0.slice")] = values
-    return SliceOverlay(dim=part.dim, count=part.count, digest=digest(values.array))
+    where = leading(part.dim, part.count)
+    expected = shared.array.copy()
+    expected[where] = raw.array[where]
+    return RawTensor(raw.dtype, expected).same_bits(raw)
 
 
 def _scattered(
@@ -287,13 +312,7 @@ def _scattered(
 ) -> Entry:
     """Zeros with the survivors' values: the drawn values under them leave no trace, so the
     sentence starts from a constant and the mask is stored once."""
-    bits = mask_overlay(mask, member.name, name, 0, payloads)
-    values = RawTensor(raw.dtype, raw.array.reshape(-1)[mask.unpack()])
-    payloads[payload_name(member.name, name, "0.values")] = values
-    overlay = ScatterOverlay(
-        encoding=bits.encoding, count=bits.count, digest=bits.digest,
-        values_digest=digest(values.array),
-    )  # fmt: skip
+    overlay = scatter_overlay(raw, mask, member.name, name, 0, payloads)
     source = ConstantSource(value=hex_float(0.0))
     return Entry(dtype=raw.dtype, shape=raw.shape, source=source, overlays=(overlay,))  # type: ignore[arg-type]
 
@@ -354,15 +373,6 @@ def _mask_overlays(
     return found
 
 
-def mask_overlay(
-    mask: masks.Mask, owner: str, name: str, index: int, payloads: Memory
-) -> MaskOverlay:
-    encoding, payload = masks.encode(mask)
-    raw = RawTensor("U8", np.frombuffer(payload, dtype=np.uint8))
-    payloads[payload_name(owner, name, f"{index}.mask")] = raw
-    return MaskOverlay(encoding=encoding, count=mask.count, digest=digest(raw.array))
-
-
 def _keep(checkpoint: Checkpoint, member: Member, name: str, payloads: Memory) -> MemberTensor:
     """The member's own words about an unchanged tensor, its payload bytes untouched."""
     own = member.tensors[name]
@@ -371,12 +381,3 @@ def _keep(checkpoint: Checkpoint, member: Member, name: str, payloads: Memory) -
         payload = payload_name(member.name, name, slot)
         payloads[payload] = checkpoint.payloads.read(payload)
     return own
-
-
-def _store_scores(model: nn.Module, owner: str, payloads: Memory) -> dict[str, str]:
-    digests: dict[str, str] = {}
-    for name, layer in scoring.attached(model).items():
-        raw = from_torch(layer.scores.detach().clone(), name)
-        payloads[payload_name(owner, name, "scores")] = raw
-        digests[name] = digest(raw.array)
-    return digests

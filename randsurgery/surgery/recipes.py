@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from fractions import Fraction
 
-import numpy as np
 from torch import nn
 
 from randsurgery.errors import IncompatibleError, near
-from randsurgery.format.canonical import digest
 from randsurgery.format.checkpoint import Checkpoint, Memory
 from randsurgery.format.container import Container
 from randsurgery.format.fields import SHARED
@@ -25,9 +23,8 @@ from randsurgery.format.recipe import (
     RandomSource,
     Recipe,
     Source,
-    StoredSource,
 )
-from randsurgery.format.tensors import RawTensor, as_words, hex_float, to_f32
+from randsurgery.format.tensors import hex_float
 from randsurgery.surgery.architectures import (
     ArgValue,
     build_initialised,
@@ -47,6 +44,7 @@ from randsurgery.surgery.initialisers import (
     random_source,
 )
 from randsurgery.surgery.roles import Role, TensorRole, tensor_roles
+from randsurgery.surgery.sentences import stored_entry
 from randsurgery.surgery.tensors import dtype_name, from_torch
 
 # Norm-free start values: with frozen norms a zero-initialised scale would silence its branch.
@@ -70,27 +68,6 @@ def planned_source(role: TensorRole, init: Init, seed: int, k: Fraction | None) 
     if role.role in CONSTANTS:
         return ConstantSource(value=hex_float(CONSTANTS[role.role]))
     return None
-
-
-def constant_source(raw: RawTensor) -> ConstantSource | None:
-    """A constant source if the tensor repeats one value it can stand for, else None."""
-    words = as_words(raw.array)
-    if not words.size or raw.dtype in ("F8_E4M3", "F8_E5M2") or (words != words[0]).any():
-        return None
-    first = raw.array.reshape(-1)[:1]
-    value = float(to_f32("BF16", first)[0]) if raw.dtype == "BF16" else float(first[0])
-    if not np.isfinite(value) or (raw.dtype[0] in "IU" and int(first[0]) != int(value)):
-        return None
-    return ConstantSource(value=hex_float(value))
-
-
-def stored_entry(raw: RawTensor, slot: str, payloads: Memory) -> Entry:
-    """An entry that holds a copy of the tensor: a constant if it is one, else payload ``slot``."""
-    source: Source | None = constant_source(raw)
-    if source is None:
-        payloads[slot] = RawTensor(raw.dtype, raw.array.copy())
-        source = StoredSource(digest=digest(raw.array))
-    return Entry(dtype=raw.dtype, shape=raw.shape, source=source)  # type: ignore[arg-type]
 
 
 def head_of(model: nn.Module) -> HeadSpec | None:

@@ -46,8 +46,13 @@ def to_torch(raw: RawTensor) -> torch.Tensor:
 
 
 def from_torch(tensor: torch.Tensor, what: str = "tensor") -> RawTensor:
-    """The raw tensor of a torch tensor, sharing memory if that is contiguous and on the CPU."""
+    """The raw tensor of a torch tensor, sharing memory if that is contiguous and on the CPU.
+
+    Raises IncompatibleError for what has no plain elements.
+    """
     name = dtype_name(tensor.dtype, what)
+    if tensor.layout != torch.strided or tensor.is_meta:
+        raise IncompatibleError(f"{what} is sparse or without values, which the format cannot hold")
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     words = flat.view(_VIA[tensor.element_size()]).numpy()
     return RawTensor(name, words.view(STORAGE[name]).reshape(tuple(tensor.shape)))

@@ -13,8 +13,9 @@ from randsurgery.format.container import Container
 from randsurgery.format.masks import Mask
 from randsurgery.format.recipe import Entry, MaskOverlay, Member, MemberTensor, Overlay, Recipe
 from randsurgery.surgery.initialisers import kept_count
-from randsurgery.surgery.modules import mask_overlay, meta_module
+from randsurgery.surgery.modules import meta_module
 from randsurgery.surgery.popup import Popup, layer_shares, top_k
+from randsurgery.surgery.sentences import mask_overlay
 
 
 def with_masks(checkpoint: Checkpoint, masks: Mapping[str, Mask]) -> Checkpoint:
