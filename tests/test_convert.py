@@ -177,9 +177,12 @@ def test_a_fixed_mask_is_the_scores_themselves() -> None:
 def test_a_supermask_keeps_the_positive_scores() -> None:
     model = conv4(twin.Positive)
     file = saved(model)
-    report = convert(file, "--arch", "conv4", *SMALL, "--algorithm", "supermask")
+    report = convert(file, "--arch", "conv4", *SMALL, "--algorithm", "supermask", "--save-scores")
     close(said(rs.load("out.safetensors")), said(model))
     assert report["algorithm"] == "supermask"
+    assert rs.read_recipe("out.safetensors").members[0].algorithm == "supermask"
+    found = json.loads(run("eval", "out.safetensors", "--samples", 2, "--json").stdout)
+    assert len(found["samples"]["accuracies"]) == 2
     shown = run("convert", file, "--arch", "conv4", *SMALL, "--algorithm", "supermask", "--dry-run")
     assert "draws in each pass" in shown.stderr
     assert "positive scores" in refused(

@@ -23,7 +23,7 @@ from randsurgery.format.checkpoint import Checkpoint, Memory
 from randsurgery.format.fields import SHARED
 from randsurgery.format.masks import Mask
 from randsurgery.format.rebuild import payload_name
-from randsurgery.format.recipe import ConstantSource, Entry, Member, Recipe
+from randsurgery.format.recipe import Algorithm, ConstantSource, Entry, Member, Recipe
 from randsurgery.format.tensors import RawTensor, hex_float
 from randsurgery.surgery.foreign import Foreign
 from randsurgery.surgery.initialisers import parse_fraction
@@ -33,7 +33,6 @@ from randsurgery.surgery.roles import Role, masked_weights, tensor_roles
 from randsurgery.surgery.sentences import compact_entry, magnitudes, stored_entry
 from randsurgery.surgery.tensors import to_torch
 
-Algorithm = Literal["edge-popup", "supermask"]
 Weights = Literal["auto", "signs", "stored", "survivors"]
 
 
@@ -190,6 +189,7 @@ def make_checkpoint(found: Foreign, masks: Masks, wish: Reading) -> Checkpoint:
         chosen=masks.masks,
         alive=alive,
         scores={name: _as_f32(raw) for name, raw in kept.items()},
+        algorithm=wish.algorithm,
     )
 
 
