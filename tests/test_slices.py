@@ -37,6 +37,7 @@ from randsurgery.surgery.plans import (
 )
 from randsurgery.surgery.popup import Popup, attach
 from randsurgery.surgery.recipes import make_recipe
+from randsurgery.surgery.sliced_layers import Sliced
 
 
 def whole_gradients(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -141,7 +142,7 @@ def test_gradcheck(name: str, dim: Any) -> None:
     plan = make_plan(layer, Freeze(count=1 if dim in ("height", "width") else 3, dim=dim))
     slices.attach(layer, plan)
     fast = name in FAST and dim in ("out", "in")
-    assert isinstance(layer, slices._Sliced) == fast
+    assert isinstance(layer, Sliced) == fast
     assert parametrize.is_parametrized(layer) != fast
     # 6 x 6 pixels: enough for a pointwise layer's gradient to be a matrix product
     shapes = {"linear": (2, 7, 4), "one dimension": (2, 4, 6)}

@@ -18,6 +18,7 @@ threshold      the exact top-k selection of edge-popup
 scores         scores on weights: attach them, harvest masks
 popup          edge-popup (Ramanujan et al.)
 supermask      supermasks (Zhou et al.)
+sliced_layers  plain layers of which a slice is learned: its gradient alone
 slices         partial training: attach a plan to a module
 modules        recipe -> module, module -> recipe
 tickets        masks on other weights, masks chosen anew from scores
