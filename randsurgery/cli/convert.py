@@ -106,9 +106,11 @@ def convert(
         return
     render.show_storage(report, tensors=False)
     ratio = job.input_bytes / report.bytes
+    beside = job.facts.get("base_bytes")
     common.out().print(
         f"before: {common.clean(job.facts['file'])}, {size(job.input_bytes)}; "
-        f"after: {size(report.bytes)}, "
+        f"after: {size(report.bytes)}"
+        + (f" beside the base of {size(beside)}, " if beside else ", ")
         + (f"{ratio:.1f}x smaller" if ratio >= 1 else f"{1 / ratio:.2f}x as large")
     )
     note(f"written and verified: {job.output}")

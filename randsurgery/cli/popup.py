@@ -27,7 +27,11 @@ def popup(
     *,
     algorithm: Annotated[
         str,
-        typer.Option(help="edge-popup, or supermask (Zhou et al.).", rich_help_panel=MASK),
+        typer.Option(
+            help="edge-popup, or supermask (Zhou et al.; --lr 200, with --rescale 20, and --wd 0 "
+            "unless given).",
+            rich_help_panel=MASK,
+        ),
     ] = "edge-popup",
     k: Annotated[
         str | None,
@@ -164,8 +168,9 @@ def wish_of(given: dict[str, Any], seed: int) -> Popup | Supermask | FixedMasks:
     fixed = [name for name in ("--mask-from", "--rethreshold") if given[name] is not None]
     way = fixed[0] if fixed else f"--algorithm {algorithm}"
     unset = (None, False, (), "learned")
-    told = {name for name, value in given.items() if value not in unset}
-    if strange := sorted(told - GOES_WITH[way] - {"--learn", "--algorithm"}):
+    told = {name for name, value in given.items() if value not in unset and value != "edge-popup"}
+    allowed = GOES_WITH[way] | {"--learn"} | (set() if fixed else {"--algorithm"})
+    if strange := sorted(told - allowed):
         raise UsageError(f"{strange[0]} does not go with {way}")
     learn, k_for, scoring = given["--learn"], given["--k-for"], {"skip": given["--skip"]}
     if fixed:

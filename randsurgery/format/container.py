@@ -14,7 +14,7 @@ import json
 import os
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
@@ -111,7 +111,13 @@ class Container:
 def _read_header(file: BufferedReader, size: int, name: str) -> tuple[str, int]:
     if size < 8:
         raise FileFormatError(f"{name}: not a safetensors file ({size} bytes, at least 8 needed)")
-    length = int.from_bytes(file.read(8), "little")
+    start = file.read(8)
+    if start[:4] == b"PK\x03\x04":
+        raise FileFormatError(
+            f"{name}: a PyTorch checkpoint, no safetensors file; make one of it with randsurgery "
+            f"convert {name} --arch ARCH, or pass it as --checkpoint with an architecture"
+        )
+    length = int.from_bytes(start, "little")
     if length > MAX_HEADER or 8 + length > size:
         raise FileFormatError(
             f"{name}: truncated or not a safetensors file (its header claims {length} bytes, "
@@ -228,6 +234,13 @@ def check_output(
     if target.exists() and not force:
         raise OutputError(f"{target}: exists already; choose another {option} or pass --force")
     return target
+
+
+def check_not_input(output: Path, inputs: Iterable[str | os.PathLike[str] | None]) -> None:
+    """Refuse to write over what is read, with ``--force`` too. Raises OutputError."""
+    for name in inputs if output.exists() else ():
+        if name is not None and os.path.exists(name) and output.samefile(name):
+            raise OutputError(f"{output}: is read by this command; choose another --output")
 
 
 def check_network(path: str | os.PathLike[str], *, force: bool = False) -> Path:

@@ -296,6 +296,7 @@ class Member(Model):
     tensors: dict[TensorName, MemberTensor] = {}
     scores: dict[TensorName, Digest] = {}  # F32; payload ``scores``
     algorithm: Algorithm = "edge-popup"  # what the scores mean
+    rescaled: bool = False  # what a supermask keeps is multiplied by all / kept of its tensor
     head: HeadSpec | None = None
     classes: tuple[Text, ...] | None = None
     dataset: DatasetSpec | None = None

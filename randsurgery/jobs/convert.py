@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -17,7 +16,7 @@ from randsurgery.format.checkpoint import (
     is_safetensors,
     payload_names,
 )
-from randsurgery.format.container import Container, check_output
+from randsurgery.format.container import Container, check_network, check_not_input
 from randsurgery.format.tensors import RawTensor
 from randsurgery.format.writing import write_checkpoint
 from randsurgery.jobs.hub import holds_checkpoint
@@ -34,6 +33,7 @@ from randsurgery.surgery.hidden_networks import (
     meant,
     read_masks,
     recorded_k,
+    unscored,
 )
 from randsurgery.surgery.initialisers import parse_fraction
 from randsurgery.surgery.modules import check_fit
@@ -78,10 +78,8 @@ def prepare_convert(plan: ConvertPlan) -> PreparedConvert:
     """
     plan.reading.check()
     path = Path(plan.file)
-    output = check_output(plan.output or f"{path.stem}-converted.safetensors", force=plan.force)
-    for name in (plan.file, plan.base):
-        if name is not None and output.exists() and _same(output, name):
-            raise UsageError(f"{output} is what is converted or referred to; choose another name")
+    output = check_network(plan.output or f"{path.stem}-converted.safetensors", force=plan.force)
+    check_not_input(output, (plan.file, plan.base))
     with contextlib.ExitStack() as stack:
         source = _opened(path, stack)
         found = fit(source, check_arch(plan.arch, source.about), plan.args)
@@ -103,10 +101,6 @@ def prepare_convert(plan: ConvertPlan) -> PreparedConvert:
 def run_convert(job: PreparedConvert) -> int:
     """Write the file; returns its bytes. Raises OutputError if it exists already."""
     return write_checkpoint(job.output, job.checkpoint, force=job.plan.force)
-
-
-def _same(first: Path, second: str) -> bool:
-    return os.path.exists(second) and os.path.samefile(first, second)
 
 
 def _opened(path: Path, stack: contextlib.ExitStack) -> Base:
@@ -143,7 +137,9 @@ def _with_scores(plan: ConvertPlan, found: Foreign, source: Base) -> Made:
         "weights": _weight_kinds(made, masks),
         "save_scores": wish.save_scores,
     }
-    notes = _notes(facts, masks, wish)
+    notes = _notes(facts, masks, wish, recorded)
+    if bare := unscored(found):
+        notes.append(f"without scores, kept dense and frozen: {', '.join(bare)}")
     return made, meant(found, masks.masks), facts, notes
 
 
@@ -158,12 +154,21 @@ def _weight_kinds(made: Checkpoint, masks: Masks) -> dict[str, int]:
     )
 
 
-def _notes(facts: Mapping[str, Any], masks: Masks, wish: Reading) -> list[str]:
+def _notes(
+    facts: Mapping[str, Any], masks: Masks, wish: Reading, recorded: float | None
+) -> list[str]:
     notes = []
+    if masks.k is not None and recorded not in (None, masks.k):
+        notes.append(f"the file records prune_rate {recorded:g}; --k {masks.k:g} was given")
     if wish.k is None and masks.k is not None:
         notes.append(f"k is {masks.k:g}, as the file records it (prune_rate)")
     if masks.fixed:
         notes.append("the scores are 0 and 1: the mask itself (FixedSubnetConv)")
+    if facts["weights"].get("survivors") and wish.weights == "auto":
+        notes.append(
+            f"of {facts['weights']['survivors']} tensors the kept weights alone are stored; "
+            "--weights stored keeps those under the mask, too"
+        )
     if facts["algorithm"] == "supermask":
         notes.append(
             "the mask keeps the positive scores, the most probable of those that SampleSubnetConv "
@@ -209,7 +214,13 @@ def _dense(plan: ConvertPlan, found: Foreign, output: Path) -> Made:
             f"the file refers to {base.file}, which does not lie beside it: put it there, or pass "
             "--base to the commands that read the file"
         )
-    return made, found.tensors.items(), {"kind": "dense", "base": base.file}, notes
+    size = Path(plan.base).stat().st_size
+    return (
+        made,
+        found.tensors.items(),
+        {"kind": "dense", "base": base.file, "base_bytes": size},
+        notes,
+    )
 
 
 def _verify(made: Checkpoint, expected: Iterable[tuple[str, RawTensor]]) -> None:

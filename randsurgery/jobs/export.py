@@ -16,7 +16,13 @@ from randsurgery.format.checkpoint import (
     Memory,
     payload_names,
 )
-from randsurgery.format.container import Container, check_output, pack, write_atomically
+from randsurgery.format.container import (
+    Container,
+    check_not_input,
+    check_output,
+    pack,
+    write_atomically,
+)
 from randsurgery.format.rebuild import payload_name
 from randsurgery.format.recipe import BaseSource, Member, MemberTensor, Recipe, StoredSource
 from randsurgery.format.writing import write_checkpoint
@@ -56,6 +62,7 @@ def prepare(
         who = checkpoint.member(member)
         graph = plan_graph(checkpoint.recipe, who) if kind == "onnx" else None
         target = _target(checkpoint, output, _stem(file), kind, force)
+        check_not_input(target, (path, base))
         if kind in ("dense", "timm") and who.head is not None and who.head.kind != "linear":
             raise IncompatibleError(
                 f"the classifier is fixed ({who.head.kind}): it normalises its input, which no "

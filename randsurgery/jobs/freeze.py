@@ -8,7 +8,7 @@ from typing import Any
 
 from randsurgery.errors import UsageError
 from randsurgery.format.checkpoint import Checkpoint
-from randsurgery.format.container import check_network
+from randsurgery.format.container import check_network, check_not_input
 from randsurgery.format.writing import write_checkpoint
 from randsurgery.jobs import runs
 from randsurgery.jobs.records import keep_base, with_provenance
@@ -128,6 +128,7 @@ def _notes(head: dict[str, Any] | None, revived: set[str]) -> tuple[str, ...]:
 def run_freeze(job: PreparedFreeze) -> int:
     """Write the plan; returns the file's bytes. Raises OutputError if the file exists already."""
     check_network(job.output, force=job.plan.force)
+    check_not_input(job.output, job.plan.source.inputs)
     keep_base(job.checkpoint, job.output)
     settings = {
         key: str(value) if key == "fraction" and value is not None else value

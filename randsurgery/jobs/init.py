@@ -6,7 +6,7 @@ from pathlib import Path
 
 from randsurgery.errors import UsageError
 from randsurgery.format.checkpoint import Checkpoint
-from randsurgery.format.container import check_network
+from randsurgery.format.container import check_network, check_not_input
 from randsurgery.format.writing import write_checkpoint
 from randsurgery.jobs.records import keep_base, with_provenance
 from randsurgery.jobs.sources import SourceSpec, masks_of, open_source, resolve_source
@@ -18,6 +18,7 @@ def resolve_init(spec: SourceSpec, output: str | None, *, force: bool) -> tuple[
     records no preprocessing."""
     name = spec.name.rpartition("/")[2].partition("@")[0]
     path = check_network(output or f"{name}-init-{spec.seed}.safetensors", force=force)
+    check_not_input(path, spec.inputs)
     spec = resolve_source(spec)
     if spec.is_file:
         raise UsageError("init makes a network of an architecture; the source is a file already")
@@ -25,7 +26,8 @@ def resolve_init(spec: SourceSpec, output: str | None, *, force: bool) -> tuple[
 
 
 def open_init(spec: SourceSpec, mask_from: str | None = None) -> Checkpoint:
-    """The network that ``init`` writes, under the masks of another file if one is given."""
+    """The network that ``init`` writes, under the masks of another file if one is given. Raises
+    RandsurgeryError."""
     made = open_source(spec)
     return made if mask_from is None else with_masks(made, masks_of(mask_from))
 

@@ -13,10 +13,11 @@ from torch import nn
 
 from randsurgery.errors import UsageError
 from randsurgery.format.checkpoint import Checkpoint
+from randsurgery.format.container import check_not_input
 from randsurgery.format.masks import Mask
 from randsurgery.jobs import runs
 from randsurgery.jobs.runs import Prepared, Result, RunPlan, Technique
-from randsurgery.jobs.sources import SourceSpec, masked_tensors, masks_of
+from randsurgery.jobs.sources import SourceSpec, has_factors, masked_tensors, masks_of
 from randsurgery.surgery import popup, scores, supermask
 from randsurgery.surgery.initialisers import kept_count
 from randsurgery.surgery.modules import meta_module, survivor_mask
@@ -81,21 +82,28 @@ def prepare_popup(plan: PopupPlan) -> PreparedPopup:
 
     def defaults(settings: TrainSettings) -> TrainSettings:
         if isinstance(wish, Supermask):
-            settings = replace(settings, lr=SUPERMASK_LR, weight_decay=0.0)
+            rate = RESCALED_LR if wish.rescale else SUPERMASK_LR
+            settings = replace(settings, lr=rate, weight_decay=0.0)
         # where nothing is learned, one pass settles the statistics
         return settings if plan.learns else replace(settings, epochs=1)
 
     rethresholds = isinstance(wish, FixedMasks) and wish.mask_from is None
+    if isinstance(wish, FixedMasks) and plan.run.output is not None:
+        check_not_input(Path(plan.run.output), [wish.mask_from])
     with runs.closing_on_error() as stack:
         job = runs.prepare(plan.run, stack, _label(wish), flat=not rethresholds, defaults=defaults)
         if isinstance(wish, FixedMasks):
-            job = replace(job, checkpoint=_masked(job, wish, plan.run.source))
+            notes = (*job.notes, *_scaling_notes(job.checkpoint, wish))
+            job = replace(job, checkpoint=_masked(job, wish, plan.run.source), notes=notes)
         sizes = _sizes(job.checkpoint, wish)
     return PreparedPopup(job, plan, sizes)
 
 
 SUPERMASK_LR = 200.0
 """Ramanujan et al., Section 4.4, found by doubling; their published sampling runs decay nothing."""
+
+RESCALED_LR = 20.0
+"""Rescaled weights are twice as large, and so is every gradient; docs/log.md, "Supermasks"."""
 
 
 def _label(wish: Popup | Supermask | FixedMasks) -> str:
@@ -115,6 +123,19 @@ def _masked(job: Prepared, wish: FixedMasks, source: SourceSpec) -> Checkpoint:
     if not source.is_file:
         raise UsageError("--rethreshold goes with a file that popup --save-scores wrote")
     return rethresholded(job.checkpoint, Popup(wish.k, k_for=wish.k_for))
+
+
+def _scaling_notes(checkpoint: Checkpoint, wish: FixedMasks) -> list[str]:
+    """What masks do not carry from one network to another."""
+    if wish.mask_from is not None:
+        factors = has_factors(wish.mask_from)
+        return [f"{Path(wish.mask_from).name} multiplies what it keeps; its masks alone are taken"
+                ] if factors else []  # fmt: skip
+    settings = checkpoint.member().provenance.get("settings")
+    scaled = isinstance(settings, dict) and settings.get("scaled")
+    return (
+        ["the weights are scaled for the k they were trained with, and stay so"] if scaled else []
+    )
 
 
 def _sizes(

@@ -12,8 +12,8 @@ from typing import Any
 
 from torch import nn
 
-from randsurgery.errors import DataError, IncompatibleError, OutputError, UsageError
-from randsurgery.format.container import check_output, write_atomically
+from randsurgery.errors import DataError, IncompatibleError, UsageError
+from randsurgery.format.container import check_not_input, check_output, write_atomically
 from randsurgery.format.recipe import InputSpec
 from randsurgery.jobs.hub import local_file
 from randsurgery.jobs.inputs import DataOptions, look_for_file, open_test_split, pick_device
@@ -92,8 +92,10 @@ def prepare(
     nothing."""
     if inputs and (options.dataset is not None or options.data_dir is not None):
         raise UsageError("images and --dataset or --data-dir exclude each other; give one of them")
-    target = None if output is None else _target(output, file, force)
+    target = None if output is None else check_output(output, force=force)
     paths = find_images(inputs)
+    if target is not None:
+        check_not_input(target, (file, base, *paths))
     where, file = pick_device(device), local_file(file)
     with open_checkpoint(file, base) as checkpoint:
         who = checkpoint.member(member)
@@ -114,13 +116,6 @@ def prepare(
     return PredictPlan(
         model, data, dataset, who.classes or (), tuple(notes), target, top, batch_size, amp, strict
     )
-
-
-def _target(output: str, file: str, force: bool) -> Path:
-    target = check_output(output, force=force)
-    if target.exists() and Path(file).exists() and target.samefile(file):
-        raise OutputError(f"{target}: is the network's own file; choose another --output")
-    return target
 
 
 def look_text(look: InputSpec) -> str:

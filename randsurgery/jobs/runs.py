@@ -22,7 +22,12 @@ from randsurgery.errors import (
 )
 from randsurgery.format.canonical import canonical_json, digest
 from randsurgery.format.checkpoint import Checkpoint
-from randsurgery.format.container import check_network, check_output, clear_unfinished
+from randsurgery.format.container import (
+    check_network,
+    check_not_input,
+    check_output,
+    clear_unfinished,
+)
 from randsurgery.format.recipe import DatasetSpec
 from randsurgery.format.writing import write_checkpoint
 from randsurgery.jobs.inputs import (
@@ -206,6 +211,7 @@ def _classes(given: int | None, dataset: DatasetSpec, train: Data) -> int:
 def _outputs(plan: RunPlan, name: Path) -> Path:
     """The output's path; it and all that is written beside it are checked."""
     output = check_network(name, force=plan.force)
+    check_not_input(output, plan.source.inputs)
     if state_path(output).exists() and not _resumes_own(plan, output) and not plan.force:
         raise OutputError(
             f"{state_path(output)}: is the state of a run that was stopped; --resume auto goes on "

@@ -65,6 +65,11 @@ class SourceSpec:
     args: dict[str, ArgValue] = field(default_factory=dict)
 
     @property
+    def inputs(self) -> tuple[str | None, ...]:
+        """The files that are read, as far as they are given."""
+        return (self.name if self.is_file else None, self.checkpoint, self.base)
+
+    @property
     def is_file(self) -> bool:
         """True if ``name`` means a file."""
         return self.name.endswith(".safetensors") or os.sep in self.name
@@ -211,6 +216,17 @@ def architecture_name(recipe: Recipe) -> str:
     if recipe.model is None:
         raise IncompatibleError("the file names no architecture, so it cannot be trained here")
     return recipe.model.name
+
+
+def has_factors(path: str) -> bool:
+    """True if a file multiplies what its masks keep."""
+    with open_file(SourceSpec(path), need_bases=False) as donor:
+        who = donor.member()
+        return any(
+            overlay.kind == "scale"
+            for name in donor.recipe.tensor_names(who)
+            for overlay in donor.recipe.resolved(who, name).overlays
+        )
 
 
 def masks_of(path: str) -> dict[str, Mask]:

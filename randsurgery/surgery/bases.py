@@ -151,6 +151,8 @@ _NUMPY_SCALARS: list[Any] = [
 
 def _read_pickle(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """The state dict, and what lies beside it."""
+    if path.is_dir():
+        raise FileFormatError(f"{path}: is a folder, a checkpoint file is needed")
     try:
         with torch.serialization.safe_globals(_NUMPY_SCALARS), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's, of formats that are old or seldom
@@ -163,8 +165,10 @@ def _read_pickle(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
             "save its state dict alone: torch.save(model.state_dict(), ...)"
         ) from None
     except Exception as error:  # truncated archives, foreign files
+        why = reason(error).split(":")[0]
+        told = f" ({why})" if any(c.isalpha() for c in why) and "EOF" not in why else ""
         raise FileFormatError(
-            f"{path.name}: not a checkpoint torch can read ({reason(error)})"
+            f"{path.name}: truncated, or not a checkpoint of torch.save{told}"
         ) from None
     about: dict[str, Any] = {}
     if isinstance(found, dict):

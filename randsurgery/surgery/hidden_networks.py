@@ -62,6 +62,11 @@ class Reading:
             parse_fraction(self.k, "--k")
             if self.algorithm == "supermask":
                 raise UsageError("--k goes with edge-popup: a supermask keeps the positive scores")
+        if self.save_scores and self.weights == "survivors":
+            raise UsageError(
+                "--save-scores and --weights survivors contradict each other: scores choose among "
+                "weights that would be gone"
+            )
 
 
 @dataclass(frozen=True)
@@ -114,6 +119,10 @@ def read_masks(found: Foreign, wish: Reading, k: float | None, hint: str = "") -
             raise UsageError(
                 "the scores are 0 and 1, a mask already (FixedSubnetConv); leave --k out"
             )
+        if wish.save_scores:
+            raise UsageError(
+                "the scores are 0 and 1, a mask already (FixedSubnetConv); leave --save-scores out"
+            )
         return Masks({name: Mask.of(values != 0) for name, values in scores.items()}, None, True)
     if k is None:
         raise UsageError(
@@ -150,10 +159,16 @@ def _top(values: npt.NDArray[Any], zeroed: int) -> tuple[npt.NDArray[np.bool_], 
     return bits, dropped < equal.size
 
 
+def unscored(found: Foreign) -> list[str]:
+    """The weights of convolutions and linear layers that have no scores beside them."""
+    layers = [f"{name}.{leaf}" for name, _, leaf in masked_weights(found.shell)]
+    return [name for name in layers if name not in found.scores]
+
+
 def _check_scored(found: Foreign) -> None:
     """Their code leaves the first and the last layer alone without scores."""
     layers = [f"{name}.{leaf}" for name, _, leaf in masked_weights(found.shell)]
-    bare = [name for name in layers[1:-1] if name not in found.scores]
+    bare = [name for name in unscored(found) if name in layers[1:-1]]
     if bare:
         raise IncompatibleError(
             f"{found.file}: {found.names[bare[0]]!r} has no scores beside it, while "

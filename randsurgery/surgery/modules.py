@@ -207,6 +207,7 @@ def harvest(
         parts=slices.attached(model),
         scores={n: from_torch(layer.scores.detach().clone(), n) for n, layer in kept.items()},
         algorithm=next((layer.algorithm for layer in kept.values()), "edge-popup"),
+        rescaled=any(layer.rescales for layer in kept.values()),
         member=member,
     )
 
@@ -221,13 +222,14 @@ def record(
     parts: Mapping[str, Learned] | None = None,
     scores: Mapping[str, RawTensor] | None = None,
     algorithm: Algorithm = "edge-popup",
+    rescaled: bool = False,
     member: str | None = None,
 ) -> Checkpoint:
     """The checkpoint whose member's finished tensors are ``state``, as ``harvest`` describes.
 
     ``chosen``: masks over the tensors, which stand in ``state`` unmasked, and ``factors`` of what
     they keep; ``alive``: positions that were learned, all else being zero; ``parts``: learned
-    slices; ``scores``: F32, to be kept, of ``algorithm``.
+    slices; ``scores``: F32, to be kept, of ``algorithm``, which ``rescaled`` or not.
     """
     who = checkpoint.member(member)
     alive, parts = alive or {}, parts or {}
@@ -248,7 +250,7 @@ def record(
     for name, raw in (scores or {}).items():
         payloads[payload_name(who.name, name, "scores")] = raw
         digests[name] = digest(raw.array)
-    update: dict[str, object] = {"tensors": tensors, "scores": digests, "algorithm": algorithm}
+    update = {"tensors": tensors, "scores": digests, "algorithm": algorithm, "rescaled": rescaled}
     recipe = checkpoint.recipe.with_member(who.model_copy(update=update))
     return Checkpoint(recipe, payloads, checkpoint.bases)
 

@@ -69,6 +69,8 @@ class Scores(nn.Module):
         """The mask that the scores choose now."""
         raise NotImplementedError
 
+    rescales: bool = False  # ``factor`` is all / kept weights
+
     @property
     def factor(self) -> float:
         """What the masked weight is multiplied by, a float32 value."""

@@ -96,7 +96,7 @@ class SupermaskScores(Scores):
 
     def __init__(self, tensor_name: str, scores: torch.Tensor, wish: Supermask) -> None:
         super().__init__(tensor_name, scores)
-        self.wish = wish
+        self.wish, self.rescales = wish, wish.rescale
 
     def bits(self) -> torch.Tensor:
         """The fixed mask, of the scores' shape."""
@@ -155,19 +155,17 @@ class Sampler:
         self.scores = {
             name: torch.from_numpy(checkpoint.scores(name, who.name).copy()) for name in who.scores
         }
-        self.weights: dict[str, torch.Tensor] = {}
-        self.rescaled: set[str] = set()
-        for name in who.scores:
-            kinds = {overlay.kind for overlay in checkpoint.recipe.resolved(who, name).overlays}
-            self.rescaled |= {name} if "scale" in kinds else set()
-            self.weights[name] = to_torch(checkpoint.rebuild(_unmasked(who, name), name))
+        self.rescaled = who.rescaled
+        self.weights = {
+            name: to_torch(checkpoint.rebuild(_unmasked(who, name), name)) for name in who.scores
+        }
 
     @torch.no_grad()
     def put(self, model: nn.Module, seed: int) -> None:
         """Put the masks of one sample on the network, in place."""
         for name, scores in self.scores.items():
             bits = sampled_bits(scores, name, seed)
-            factor = rescaling(bits) if name in self.rescaled else 1.0
+            factor = rescaling(bits) if self.rescaled else 1.0
             model.get_parameter(name).copy_(apply_mask(self.weights[name], bits, factor))
 
 

@@ -84,6 +84,11 @@ def rethresholded(checkpoint: Checkpoint, wish: Popup) -> Checkpoint:
     )
     payloads, tensors = _payloads(checkpoint), dict(who.tensors)
     for name, layer in layers.items():
+        if not any(isinstance(overlay, MaskOverlay) for overlay in _overlays(tensors[name])):
+            raise IncompatibleError(
+                f"{name} holds its surviving weights alone; those under the mask are not in the "
+                "file, so no other mask can be chosen"
+            )
         scores = torch.from_numpy(checkpoint.scores(name, who.name).copy())
         zeroed = scores.numel() - kept_count(shares[layer], scores.numel())
         mask = top_k(scores, zeroed, name)
