@@ -475,8 +475,15 @@ def test_the_input_is_not_overwritten_even_with_force() -> None:
     before = Path(file).read_bytes()
     result = run("convert", file, *C4, "-o", file, "--force")
     assert result.exit_code == 2
-    assert "choose another name" in result.stderr
+    assert "must end in .safetensors" in result.stderr
     assert Path(file).read_bytes() == before
+    save_dense(Path("dense.safetensors"), rs.build(rs.make_recipe("conv2")).state_dict())
+    before = Path("dense.safetensors").read_bytes()
+    again = ("-o", "dense.safetensors", "--force")
+    result = run("convert", "dense.safetensors", "--arch", "conv2", *again)
+    assert result.exit_code == 6
+    assert "is read by this command" in result.stderr
+    assert Path("dense.safetensors").read_bytes() == before
 
 
 def test_numpys_numbers_in_a_checkpoint_run_no_code() -> None:
@@ -626,7 +633,7 @@ def test_the_base_is_found_beside_the_file_or_the_user_is_told(here: Path) -> No
     convert("tuned.pth", "--arch", "test_resnet", "--base", "base.pth")
     assert run("inspect", "verify", "out.safetensors").exit_code == 0  # it lies beside
     result = run("convert", *arguments, "-o", "base.safetensors", "--force")
-    assert result.exit_code == 2
+    assert result.exit_code == 6
     assert storage("base.safetensors").groups()[0][0] == "stored"  # as it was
 
 
@@ -773,3 +780,62 @@ def test_the_twin_keeps_what_a_slow_count_keeps() -> None:
         layer.scores.view(-1)[:] = torch.tensor([0.5, -0.1, 0.1, -0.9, 0.1])
     assert layer.mask().view(-1).tolist() == [1, 0, 0, 1, 1]
     assert Mask.of(np.array([True, False, False, True, True])).count == 3
+
+
+# --- what is said, and what is refused ------------------------------------------------------------
+
+
+def test_survivors_with_scores_are_refused_and_cannot_be_thresholded_anew(here: Path) -> None:
+    file = saved(conv4(twin.Scored, signed=False))
+    words = refused(2, file, "--arch", "conv4", *SMALL, "--k", "0.5", "--weights", "survivors",
+                    "--save-scores")  # fmt: skip
+    assert "contradict each other" in words
+    words = refused(2, saved(conv4(twin.Fixed)), "--arch", "conv4", *SMALL, "--save-scores")
+    assert "leave --save-scores out" in words
+
+
+def test_another_k_than_the_recorded_and_layers_without_scores_are_pointed_out(here: Path) -> None:
+    state = conv4(twin.Scored).state_dict()
+    for name in ("convs.0.scores", "linear.4.scores"):
+        del state[name]
+    torch.save({"state_dict": state, "prune_rate": 0.3}, "part.pth")
+    told = run("convert", "part.pth", "--arch", "conv4", *SMALL, "--k", "0.5", "--dry-run").stderr
+    assert "the file records prune_rate 0.3; --k 0.5 was given" in told
+    assert "without scores, kept dense and frozen: features.0.weight, fc.weight" in told
+
+
+def test_the_base_is_counted_beside_the_file(here: Path) -> None:
+    recipe = rs.make_recipe("conv2", "kaiming-normal", args={"width": 0.1, "num_classes": 10})
+    state = rs.build(recipe).state_dict()
+    save_dense(Path("base.safetensors"), state)
+    save_dense(Path("tuned.safetensors"), {**state, "fc.weight": state["fc.weight"] + 1})
+    made = run("convert", "tuned.safetensors", "--arch", "conv2", "--width", "0.1", "--base",
+               "base.safetensors", "-o", "t.safetensors")  # fmt: skip
+    assert "beside the base of" in made.stdout
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        (("predict", "c.pth", "x.png"), "randsurgery convert c.pth --arch ARCH"),
+        (("eval", "c.pth"), "randsurgery convert c.pth --arch ARCH"),
+        (("convert", ".", "--arch", "conv4"), "is a folder"),
+        (
+            ("convert", "junk.pth", "--arch", "conv4"),
+            "not a checkpoint of torch.save",
+        ),
+        (("convert", "empty.pth", "--arch", "conv4"), "not a checkpoint"),
+        (("convert", "c.pth", "--arch", "conv4", "-o", "out.pth"), "must end in .safetensors"),
+    ],
+)
+def test_files_of_the_wrong_kind_are_named(
+    here: Path, command: tuple[str, ...], words: str
+) -> None:
+    torch.save({"a": torch.zeros(3)}, "c.pth")
+    Path("junk.pth").write_bytes(b"no checkpoint at all")
+    Path("empty.pth").write_bytes(b"")
+    Path("x.png").write_bytes(b"")
+    result = run(*command)
+    assert result.exit_code in (2, 3)
+    assert words in result.stderr
+    assert len(result.stderr.splitlines()) == 1

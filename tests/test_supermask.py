@@ -148,6 +148,22 @@ def test_samples_put_on_a_network_are_those_of_its_scores(tmp_path: Path) -> Non
         assert same_bits(plain.state_dict()[name], kept * factor)
 
 
+def test_a_layer_whose_mask_keeps_everything_is_rescaled_in_samples_all_the_same() -> None:
+    recipe = make_recipe("conv2", seed=1, args={"width": 0.1, "num_classes": 10})
+    model = attach(build(recipe), Supermask(rescale=True))
+    with torch.no_grad():
+        attached(model)["fc.weight"].scores.fill_(0.01)
+    ended = harvest(recipe, model, scores=True)
+    plain = build(ended)
+    assert same_bits(plain.state_dict()["fc.weight"], build(recipe).state_dict()["fc.weight"])
+    Sampler(ended).put(plain, 0)
+    kept = plain.state_dict()["fc.weight"] != 0
+    share = float(kept.double().mean())
+    assert 0.3 < share < 0.8
+    before = build(recipe).state_dict()["fc.weight"]
+    assert torch.allclose(plain.state_dict()["fc.weight"][kept], before[kept] / share)
+
+
 def test_scores_of_another_kind_are_not_sampled() -> None:
     recipe = make_recipe("conv2", seed=1, args={"width": 0.1, "num_classes": 10})
     with pytest.raises(IncompatibleError, match="holds no scores"):
@@ -192,6 +208,17 @@ def test_popup_finds_a_supermask_and_eval_samples_it(here: Path) -> None:
     settings = rs.read_recipe("s.safetensors").members[0].provenance["settings"]
     assert settings["lr"] == 200.0
     assert settings["weight_decay"] == 0.0
+    facts = (
+        "popup",
+        "conv2",
+        *QUICK,
+        "--algorithm",
+        "supermask",
+        "--rescale",
+        "--dry-run",
+        "--json",
+    )
+    assert json.loads(run(0, *facts).stdout)["lr"] == 50.0
     again = ("popup", "conv2", "-c", "s.settings.yaml", "-o", "t.safetensors")
     run(0, *again)
     assert Path("t.safetensors").read_bytes() == Path("s.safetensors").read_bytes()

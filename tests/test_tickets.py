@@ -176,6 +176,26 @@ def test_tickets_on_the_command_line(here: Path) -> None:
     assert trained["fc1.weight"] == "constant + scatter"
 
 
+def test_what_masks_do_not_carry_is_said(here: Path) -> None:
+    run(
+        0,
+        "popup",
+        "conv2",
+        *QUICK,
+        "--k",
+        "0.5",
+        "--scaled",
+        "--save-scores",
+        "-o",
+        "a.safetensors",
+    )
+    told = run(0, "popup", "a.safetensors", "--rethreshold", "0.3", "--dry-run").stderr
+    assert "scaled for the k they were trained with" in told
+    run(0, "popup", "conv2", *QUICK, "--algorithm", "supermask", "--rescale", "-o", "b.safetensors")
+    told = run(0, "popup", "conv2", "--width", "0.1", "--mask-from", "b.safetensors", "--dry-run")
+    assert "its masks alone are taken" in told.stderr
+
+
 @pytest.mark.parametrize(
     ("code", "arguments", "words"),
     [
@@ -185,6 +205,29 @@ def test_tickets_on_the_command_line(here: Path) -> None:
         (2, ("popup", "conv2", "--k", "0.5", "--rethreshold", "0.5"), "--k does not go with"),
         (2, ("popup", "conv2", "--k", "0.5", "--mask-from", "a"), "--k does not go with"),
         (2, ("popup", "conv2", "--k-for", "fc"), "--k-for must be PATTERN=K"),
+        (
+            2,
+            ("popup", "plain.safetensors", "--rethreshold", "0.5", "--algorithm", "supermask"),
+            "--algorithm does not go with --rethreshold",
+        ),
+        (
+            6,
+            (
+                "popup",
+                "conv2",
+                "--mask-from",
+                "plain.safetensors",
+                "-o",
+                "plain.safetensors",
+                "--force",
+            ),
+            "is read by this command",
+        ),
+        (
+            6,
+            ("popup", "plain.safetensors", "-o", "plain.safetensors", "--force"),
+            "is read by this command",
+        ),
         (3, ("popup", "conv2", "--mask-from", "nowhere.safetensors"), "no such file"),
         (4, ("popup", "conv2", "--mask-from", "plain.safetensors"), "has no masks"),
         (

@@ -28,7 +28,7 @@ def popup(
     algorithm: Annotated[
         str,
         typer.Option(
-            help="edge-popup, or supermask (Zhou et al.; --lr 200, with --rescale 20, and --wd 0 "
+            help="edge-popup, or supermask (Zhou et al.; --lr 200, with --rescale 50, and --wd 0 "
             "unless given).",
             rich_help_panel=MASK,
         ),

@@ -102,7 +102,7 @@ def prepare_popup(plan: PopupPlan) -> PreparedPopup:
 SUPERMASK_LR = 200.0
 """Ramanujan et al., Section 4.4, found by doubling; their published sampling runs decay nothing."""
 
-RESCALED_LR = 20.0
+RESCALED_LR = 50.0
 """Rescaled weights are twice as large, and so is every gradient; docs/log.md, "Supermasks"."""
 
 

@@ -153,6 +153,10 @@ def _read_pickle(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """The state dict, and what lies beside it."""
     if path.is_dir():
         raise FileFormatError(f"{path}: is a folder, a checkpoint file is needed")
+    if path.is_file():
+        with path.open("rb") as file:
+            if file.read(1) not in (b"P", b"\x80"):  # an archive, or a pickle as torch once wrote
+                raise FileFormatError(f"{path.name}: not a checkpoint of torch.save")
     try:
         with torch.serialization.safe_globals(_NUMPY_SCALARS), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's, of formats that are old or seldom
@@ -168,7 +172,7 @@ def _read_pickle(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         why = reason(error).split(":")[0]
         told = f" ({why})" if any(c.isalpha() for c in why) and "EOF" not in why else ""
         raise FileFormatError(
-            f"{path.name}: truncated, or not a checkpoint of torch.save{told}"
+            f"{path.name}: damaged, or not a checkpoint of torch.save{told}"
         ) from None
     about: dict[str, Any] = {}
     if isinstance(found, dict):
