@@ -335,6 +335,9 @@ def test_a_network_that_is_nothing_but_rounding_has_room_for_it() -> None:
     calm, restless = job._Trial(images, logits, 0.0), job._Trial(images, logits, 0.1)
     moved = logits + 0.05 * abs(logits).max()
     assert restless.compare(moved, "net") == pytest.approx(0.05, rel=1e-4)
+    said = job.Graph((1, 2, 2), False, True).verdict
+    assert said(2e-7) == "written and verified: logits differ from torch's by 2e-07 of the largest"
+    assert "verified" not in said(0.05)
     for wrong in (moved, logits[:1], logits * float("nan")):
         with pytest.raises(IncompatibleError, match="net as ONNX gives logits"):
             calm.compare(wrong, "net")

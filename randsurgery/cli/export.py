@@ -59,15 +59,9 @@ def export(
     found = {"path": str(plan.target), "bytes": written.bytes, "load": plan.how_to_load}
     if graph is not None:
         found |= {**graph.to_json(), "difference": written.difference}
-        note(_verdict(written.difference))
+        note(graph.verdict(written.difference))
     if json:
         print_json(found)
         return
     common.out().print(f"{common.clean(str(plan.target))}: {size(written.bytes)}")
     common.out().print(plan.how_to_load)
-
-
-def _verdict(difference: float | None) -> str:
-    if difference is None:
-        return "written and checked; onnxruntime is not installed, so no logits were compared"
-    return f"written and verified: logits differ from torch's by {difference:.0e} of the largest"
