@@ -435,7 +435,7 @@ def test_eval_and_training_stop_at_an_image_that_cannot_be_read(broken: Path) ->
         (4, ("--dataset", "digits"), "digits has 10 classes, the network 4"),
         (6, ("images", "-o", "there.csv"), "there.csv: exists already"),
         (6, ("images", "-o", "none/a.csv"), "none: no such folder"),
-        (6, ("images", "-o", "net.safetensors", "--force"), "is the network's own file"),
+        (6, ("images", "-o", "net.safetensors", "--force"), "is read by this command"),
         (2, ("images", "--device", "tpu"), "--device tpu"),
     ],
 )
