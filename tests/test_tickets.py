@@ -23,6 +23,7 @@ from randsurgery.surgery.popup import Popup, attach, shares
 from randsurgery.surgery.recipes import make_recipe
 from randsurgery.surgery.tickets import rethresholded, with_masks
 
+PLAIN = "plain.safetensors"
 QUICK = ("--width", "0.1", "--epochs", "1", "-b", "256")
 SMALL = {"width": 0.1, "num_classes": 10}
 
@@ -221,6 +222,11 @@ def test_what_masks_do_not_carry_is_said(here: Path) -> None:
                 "plain.safetensors",
                 "--force",
             ),
+            "is read by this command",
+        ),
+        (
+            6,
+            ("init", "conv2", "--mask-from", PLAIN, "-o", PLAIN, "--force"),
             "is read by this command",
         ),
         (

@@ -174,6 +174,15 @@ def parse_pairs(items: list[str], what: str) -> dict[str, bool | int | float | s
     return found
 
 
+def model_arguments(
+    pairs: list[str] | None, **given: int | float | None
+) -> dict[str, bool | int | float | str | None]:
+    """``--model-kwargs`` and the arguments that have options of their own, those that were given.
+    Raises UsageError."""
+    found = parse_pairs(pairs or [], "--model-kwargs")
+    return {**found, **{key: value for key, value in given.items() if value is not None}}
+
+
 # --- options -------------------------------------------------------------------------------------
 
 TRAINING, DATA, OUTPUT, MODEL = "Training", "Data", "Output", "Model"

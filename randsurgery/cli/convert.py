@@ -77,9 +77,7 @@ def convert(
     from randsurgery.jobs.convert import ConvertPlan, prepare_convert, run_convert
     from randsurgery.surgery.hidden_networks import Reading
 
-    args = common.parse_pairs(model_kwargs or [], "--model-kwargs")
-    given = {"img_size": img_size, "in_chans": in_chans, "width": width}
-    args |= {key: value for key, value in given.items() if value is not None}
+    args = common.model_arguments(model_kwargs, img_size=img_size, in_chans=in_chans, width=width)
     reading = Reading(k, algorithm, weights, save_scores)  # type: ignore[arg-type]
     job = prepare_convert(ConvertPlan(file, arch, base, args, reading, output, force))
     with job.checkpoint:

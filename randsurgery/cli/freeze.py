@@ -119,9 +119,9 @@ def freeze(
     ):
         if value not in allowed:
             raise UsageError(f"{name} must be {' or '.join(allowed)}, found {value!r}")
-    args = common.parse_pairs(model_kwargs or [], "--model-kwargs")
-    given = {"num_classes": num_classes, "img_size": img_size, "in_chans": in_chans, "width": width}
-    args |= {key: value for key, value in given.items() if value is not None}
+    args = common.model_arguments(
+        model_kwargs, num_classes=num_classes, img_size=img_size, in_chans=in_chans, width=width
+    )
     fixed = head in FIXED_KINDS
     kind, scale = options.head_of(head if fixed else None, head_scale)
     wish = Freeze(

@@ -50,9 +50,9 @@ def init(
     from randsurgery.jobs.sources import SourceSpec
     from randsurgery.surgery.initialisers import check_init, parse_fraction
 
-    args = common.parse_pairs(model_kwargs or [], "--model-kwargs")
-    given = {"num_classes": num_classes, "img_size": img_size, "in_chans": in_chans, "width": width}
-    args |= {key: value for key, value in given.items() if value is not None}
+    args = common.model_arguments(
+        model_kwargs, num_classes=num_classes, img_size=img_size, in_chans=in_chans, width=width
+    )
     spec = SourceSpec(
         name=source,
         init=check_init(init) if init is not None else None,
@@ -62,7 +62,7 @@ def init(
         checkpoint=checkpoint,
         args=args,
     )
-    spec, path = job.resolve_init(spec, output, force=force)
+    spec, path = job.resolve_init(spec, output, mask_from=mask_from, force=force)
     with job.open_init(spec, mask_from) as made:
         if dry_run:
             count = len(made.recipe.tensors)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_type_hints
 import typer
 
 from randsurgery.cli import common
-from randsurgery.cli.common import DATA, MODEL, OUTPUT, TRAINING, parse_pairs
+from randsurgery.cli.common import DATA, MODEL, OUTPUT, TRAINING
 
 if TYPE_CHECKING:
     from randsurgery.jobs.runs import RunPlan
@@ -186,9 +186,6 @@ def source_of(source: str, run: RunOptions, scaled_for: Any = None) -> SourceSpe
     from randsurgery.jobs.sources import SourceSpec
     from randsurgery.surgery.initialisers import check_init
 
-    args = parse_pairs(run.model_kwargs or [], "--model-kwargs")
-    if run.width is not None:
-        args["width"] = run.width
     return SourceSpec(
         name=source,
         init=check_init(run.init) if run.init is not None else None,
@@ -197,7 +194,7 @@ def source_of(source: str, run: RunOptions, scaled_for: Any = None) -> SourceSpe
         pretrained=run.pretrained,
         checkpoint=run.checkpoint,
         base=run.base,
-        args=args,
+        args=common.model_arguments(run.model_kwargs, width=run.width),
     )
 
 

@@ -13,12 +13,14 @@ from randsurgery.jobs.sources import SourceSpec, masks_of, open_source, resolve_
 from randsurgery.surgery.tickets import with_masks
 
 
-def resolve_init(spec: SourceSpec, output: str | None, *, force: bool) -> tuple[SourceSpec, Path]:
+def resolve_init(
+    spec: SourceSpec, output: str | None, *, mask_from: str | None = None, force: bool
+) -> tuple[SourceSpec, Path]:
     """The source, and where ``init`` writes, checked. The network has seen no image, so that it
     records no preprocessing."""
     name = spec.name.rpartition("/")[2].partition("@")[0]
     path = check_network(output or f"{name}-init-{spec.seed}.safetensors", force=force)
-    check_not_input(path, spec.inputs)
+    check_not_input(path, (*spec.inputs, mask_from))
     spec = resolve_source(spec)
     if spec.is_file:
         raise UsageError("init makes a network of an architecture; the source is a file already")

@@ -50,12 +50,15 @@ class PopupPlan:
     save_scores: bool = False
 
     @property
+    def learns_masks(self) -> bool:
+        """True if masks are learned, not given or drawn."""
+        wish = self.wish
+        return isinstance(wish, Supermask) or (isinstance(wish, Popup) and wish.mask == "learned")
+
+    @property
     def learns(self) -> bool:
         """True if masks or anything beside them are learned."""
-        still = isinstance(self.wish, FixedMasks) or (
-            isinstance(self.wish, Popup) and self.wish.mask == "random"
-        )
-        return not still or bool(self.wish.learn) or self.run.head is not None
+        return self.learns_masks or bool(self.wish.learn) or self.run.head is not None
 
 
 @dataclass(frozen=True)
@@ -76,8 +79,7 @@ def prepare_popup(plan: PopupPlan) -> PreparedPopup:
     wish = plan.wish
     if isinstance(wish, Popup):
         _ = wish.share
-    learned = isinstance(wish, Supermask) or (isinstance(wish, Popup) and wish.mask == "learned")
-    if plan.save_scores and not learned:
+    if plan.save_scores and not plan.learns_masks:
         raise UsageError("--save-scores goes with learned masks; others have none worth it")
 
     def defaults(settings: TrainSettings) -> TrainSettings:
@@ -88,11 +90,10 @@ def prepare_popup(plan: PopupPlan) -> PreparedPopup:
         return settings if plan.learns else replace(settings, epochs=1)
 
     rethresholds = isinstance(wish, FixedMasks) and wish.mask_from is None
-    if isinstance(wish, FixedMasks) and plan.run.output is not None:
-        check_not_input(Path(plan.run.output), [wish.mask_from])
     with runs.closing_on_error() as stack:
         job = runs.prepare(plan.run, stack, _label(wish), flat=not rethresholds, defaults=defaults)
         if isinstance(wish, FixedMasks):
+            check_not_input(job.output, [wish.mask_from])
             notes = (*job.notes, *_scaling_notes(job.checkpoint, wish))
             job = replace(job, checkpoint=_masked(job, wish, plan.run.source), notes=notes)
         sizes = _sizes(job.checkpoint, wish)
@@ -174,7 +175,6 @@ def _technique(job: PreparedPopup) -> Technique:
             return popup.attach(model, wish)
         return scores.learn_beside(model, wish)
 
-    learned = isinstance(wish, Supermask) or (isinstance(wish, Popup) and wish.mask == "learned")
     return Technique(
         command="popup",
         attach=attach,
@@ -183,7 +183,7 @@ def _technique(job: PreparedPopup) -> Technique:
             "mask-from": wish.mask_from if isinstance(wish, FixedMasks) else None,
             "save-scores": job.plan.save_scores or None,
         },
-        watch=_watch if learned else None,
+        watch=_watch if job.plan.learns_masks else None,
         scores=job.plan.save_scores,
     )
 
