@@ -24,7 +24,7 @@ from typing import Any
 from torch import nn
 
 from randsurgery.format.checkpoint import Checkpoint
-from randsurgery.format.recipe import DatasetSpec
+from randsurgery.format.specs import DatasetSpec
 from randsurgery.surgery.heads import FixedKind, with_fixed_head, with_head
 from randsurgery.surgery.modules import build, harvest, learn_plan, meta_module
 from randsurgery.surgery.plans import (

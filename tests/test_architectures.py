@@ -17,7 +17,8 @@ import randsurgery as rs
 from randsurgery.errors import FileFormatError, IncompatibleError, UsageError
 from randsurgery.format.checkpoint import Checkpoint, Memory
 from randsurgery.format.container import Container, pack
-from randsurgery.format.recipe import Entry, Member, MemberTensor, ModelSpec
+from randsurgery.format.recipe import Entry, Member, MemberTensor
+from randsurgery.format.specs import ModelSpec
 from randsurgery.surgery import architectures
 from randsurgery.surgery.architectures import (
     ARGUMENTS,

@@ -20,7 +20,8 @@ from typer.testing import CliRunner, Result
 import randsurgery as rs
 from randsurgery.cli.app import app
 from randsurgery.errors import IncompatibleError, UsageError
-from randsurgery.format.recipe import InputSpec, Member
+from randsurgery.format.recipe import Member
+from randsurgery.format.specs import InputSpec
 from randsurgery.jobs import onnx as job
 from randsurgery.surgery.heads import FixedClassifier
 

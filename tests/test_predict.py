@@ -25,7 +25,8 @@ from randsurgery.cli.app import app
 from randsurgery.cli.common import clean
 from randsurgery.cli.predict import _to_stdout
 from randsurgery.errors import DataError, IncompatibleError, OutputError
-from randsurgery.format.recipe import DatasetSpec, InputSpec, Member
+from randsurgery.format.recipe import Member
+from randsurgery.format.specs import DatasetSpec, InputSpec
 from randsurgery.jobs import predict as job
 from randsurgery.jobs.inputs import DataOptions, look_for_file
 from randsurgery.surgery.modules import build

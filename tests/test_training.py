@@ -26,7 +26,7 @@ from randsurgery.errors import (
 )
 from randsurgery.format.canonical import canonical_json
 from randsurgery.format.container import pack
-from randsurgery.format.recipe import DatasetSpec, InputSpec
+from randsurgery.format.specs import DatasetSpec, InputSpec
 from randsurgery.format.writing import write_checkpoint
 from randsurgery.surgery.modules import build, harvest
 from randsurgery.surgery.popup import Popup, attach

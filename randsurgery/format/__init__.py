@@ -10,9 +10,11 @@ Modules import only those above them in this list:
     masks        packed bit masks and their two encodings
     hadamard     the hadamard source
     fields       what fields of the schema may hold
+    specs        the schema: what describes, and makes no tensor
     recipe       the schema: sources, overlays, entries, members
     container    safetensors headers and payloads, read strictly and written atomically
     rebuild      recipe + payloads -> finished tensors
     checkpoint   a recipe with its payloads and bases: opened, read, rebuilt
     writing      a checkpoint to a file, and a file held against its digests
+    members      members moved between files: picked, renamed, grafted
 """

@@ -16,14 +16,7 @@ import re
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    SerializerFunctionWrapHandler,
-    model_serializer,
-    model_validator,
-)
+from pydantic import Field, model_validator
 
 from randsurgery.format.fields import (
     SHARED,
@@ -38,28 +31,18 @@ from randsurgery.format.fields import (
 )
 from randsurgery.format.generator import Distribution
 from randsurgery.format.masks import Encoding
+from randsurgery.format.specs import (
+    Calibration,
+    DatasetSpec,
+    HeadSpec,
+    InputSpec,
+    Model,
+    ModelSpec,
+)
 from randsurgery.format.tensors import DType, element_count
 
 FORMAT = "randsurgery"
-VERSION = 0
-
-
-class Model(BaseModel):
-    """Base of all parts: immutable, strict, and without unknown fields."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-    @model_serializer(mode="wrap")
-    def _without_defaults(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        data: dict[str, Any] = handler(self)
-        for name, info in type(self).model_fields.items():
-            if name not in ("kind", "format", "version") and getattr(self, name) == info.default:
-                data.pop(name, None)
-        return data
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain JSON values; fields at their defaults are left out."""
-        return self.model_dump(mode="json")
+VERSION = 1
 
 
 # --- sources ---------------------------------------------------------------------------------
@@ -192,6 +175,18 @@ class MemberTensor(Model):
     entry: Entry | None = None
     digest: Digest | None = None
 
+    @property
+    def added(self) -> tuple[Overlay, ...]:
+        """The member's own overlays, wherever they stand."""
+        return self.overlays if self.entry is None else self.entry.overlays
+
+    def with_added(self, overlays: tuple[Overlay, ...]) -> MemberTensor:
+        """The same with other overlays of the member's own; the finished digest is left out."""
+        if self.entry is None:
+            return MemberTensor(overlays=overlays)
+        entry = self.entry.model_copy(update={"overlays": overlays, "digest": None})
+        return MemberTensor(entry=entry)
+
     @model_validator(mode="after")
     def _one_of_two(self) -> MemberTensor:
         if bool(self.overlays) == (self.entry is not None):
@@ -199,27 +194,6 @@ class MemberTensor(Model):
         if self.entry is not None and self.digest is not None:
             raise ValueError("the digest of a member's own entry stands in the entry")
         return self
-
-
-class ModelSpec(Model):
-    """The architecture: a timm registry name and its arguments."""
-
-    name: Text
-    args: dict[Text, bool | int | str | None] = {}  # floats travel as hexadecimal text
-
-
-class HeadSpec(Model):
-    """The classifier: module name, kind, and how many classes it has.
-
-    A fixed kind (Hoffer et al.) has tensors ``weight`` (unit rows), ``scale`` and ``bias`` and sees
-    its input normalised to length 1.
-    """
-
-    name: Text
-    kind: Literal["linear", "orthonormal", "hadamard"] = "linear"
-    scale: Literal["learned", "given"] = "learned"  # of a fixed kind
-    seed: Seed = 0  # of orthonormal rows
-    classes: Count
 
 
 class Learned(Model):
@@ -247,25 +221,6 @@ class Plan(Model):
 
     tensors: dict[TensorName, Learned] = {}
     statistics: Literal["tracked", "frozen"] = "tracked"
-
-
-class InputSpec(Model):
-    """What the network expects to see: preprocessing of an image."""
-
-    size: tuple[Count, Count]  # height, width
-    channels: Count
-    mean: tuple[HexFloat, ...]  # a channel, for values in [0, 1]
-    std: tuple[HexFloat, ...]
-    interpolation: Literal["nearest", "bilinear", "bicubic"] = "bicubic"
-    crop: HexFloat = (1.0).hex()  # share of the shorter side that is kept
-
-
-class DatasetSpec(Model):
-    """Where training and test images came from. Never a path."""
-
-    name: Text
-    train_split: Text = "train"
-    test_split: Text = "validation"
 
 
 class BaseRef(Model):
@@ -298,8 +253,10 @@ class Member(Model):
     algorithm: Algorithm = "edge-popup"  # what the scores mean
     rescaled: bool = False  # what a supermask keeps is multiplied by all / kept of its tensor
     head: HeadSpec | None = None
+    input: InputSpec | None = None  # where it is not the recipe's
     classes: tuple[Text, ...] | None = None
     dataset: DatasetSpec | None = None
+    calibration: Calibration | None = None
     plan: Plan | None = None
     provenance: dict[Text, Any] = {}
 
@@ -308,7 +265,7 @@ class Recipe(Model):
     """A whole checkpoint without its payload bytes."""
 
     format: Literal["randsurgery"] = "randsurgery"
-    version: Literal[0] = 0
+    version: Literal[1] = 1
     model: ModelSpec | None = None  # None: the user's own module
     input: InputSpec | None = None
     tensors: dict[TensorName, Entry] = {}
@@ -360,6 +317,25 @@ class Recipe(Model):
         if name is None and len(self.members) == 1:
             return self.members[0]
         return next(m for m in self.members if m.name == name)
+
+    def input_of(self, member: Member) -> InputSpec | None:
+        """What the member expects to see."""
+        return member.input or self.input
+
+    def model_of(self, member: Member) -> ModelSpec | None:
+        """The architecture, for the member's classes."""
+        if self.model is None or member.head is None:
+            return self.model
+        if self.model.args.get("num_classes", member.head.classes) == member.head.classes:
+            return self.model
+        args = {**self.model.args, "num_classes": member.head.classes}
+        return self.model.model_copy(update={"args": args})
+
+    def seen_by(self, member: Member) -> Recipe:
+        """The recipe with the member's own architecture and input for all."""
+        return self.model_copy(
+            update={"model": self.model_of(member), "input": self.input_of(member)}
+        )
 
     def tensor_names(self, member: Member) -> list[str]:
         """Names of the member's finished tensors, sorted."""

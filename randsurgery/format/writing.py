@@ -94,15 +94,20 @@ def _finish_member(checkpoint: Checkpoint, member: Member) -> Member:
 
 
 def write_checkpoint(
-    path: str | os.PathLike[str], checkpoint: Checkpoint, *, force: bool = False
+    path: str | os.PathLike[str],
+    checkpoint: Checkpoint,
+    *,
+    force: bool = False,
+    finished: bool = False,
 ) -> int:
     """Finish, write, re-read and verify a checkpoint, then rename it into place.
 
+    ``finished``: it has its digests from files, and nothing is written if one does not agree.
     Returns the file's bytes. Raises OutputError if the disk refuses or the file exists and
     ``force`` is false; an old file is untouched unless all went well.
     """
     check_output(path, force=force)
-    done = finish(checkpoint)
+    done = checkpoint if finished else finish(checkpoint)
     text = canonical_json(done.recipe.to_json()).decode("ascii")
     readable = parse_recipe(text, Path(path).name)  # what is written can be read
     names = list(payload_names(done.recipe))

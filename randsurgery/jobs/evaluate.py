@@ -6,7 +6,7 @@ import statistics
 from dataclasses import dataclass
 from typing import Any
 
-from randsurgery.format.recipe import DatasetSpec
+from randsurgery.format.specs import DatasetSpec
 from randsurgery.jobs.hub import local_file
 from randsurgery.jobs.inputs import DataOptions, open_test_split, pick_device
 from randsurgery.surgery.bases import open_checkpoint

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,8 @@ def prepare(
         path = local_file(file)
         checkpoint = stack.enter_context(open_checkpoint(path, base))
         who = checkpoint.member(member)
+        if kind != "self-contained":
+            checkpoint = replace(checkpoint, recipe=checkpoint.recipe.seen_by(who))
         graph = plan_graph(checkpoint.recipe, who) if kind == "onnx" else None
         target = _target(checkpoint, output, _stem(file), kind, force)
         check_not_input(target, (path, base))

@@ -10,13 +10,8 @@ import torch
 
 from randsurgery.errors import IncompatibleError, UsageError, reason
 from randsurgery.format.checkpoint import Checkpoint
-from randsurgery.format.recipe import (
-    DatasetSpec,
-    InputSpec,
-    Member,
-    ModelSpec,
-    Recipe,
-)
+from randsurgery.format.recipe import Member, Recipe
+from randsurgery.format.specs import DatasetSpec, InputSpec, ModelSpec
 from randsurgery.jobs.sources import SourceSpec, architecture_name
 from randsurgery.surgery.architectures import ArgValue, build_meta, check_name, spec_of
 from randsurgery.training.data import Data
@@ -74,11 +69,11 @@ def look_for(source: SourceSpec, dataset: str, options: DataOptions) -> InputSpe
     return input_for(dataset, cfg.to_dict() if cfg else {}, options.img_size, options.in_chans)
 
 
-def look_for_file(recipe: Recipe, dataset: str, options: DataOptions) -> InputSpec:
+def look_for_file(recipe: Recipe, member: Member, dataset: str, options: DataOptions) -> InputSpec:
     """Preprocessing for a network in a file: as recorded, else as the dataset looks, at the image
     size the network was built for if it was built for one."""
-    if recipe.input is not None:
-        return recipe.input
+    if (recorded := recipe.input_of(member)) is not None:
+        return recorded
     name = architecture_name(recipe)
     assert recipe.model is not None
     size, channels = recipe.model.args.get("img_size"), recipe.model.args.get("in_chans", 3)
@@ -140,7 +135,7 @@ def open_test_split(
     and True if digits was fallen back on. Raises DataError, or IncompatibleError if the dataset has
     more classes than the network."""
     dataset, fell_back = resolve_dataset(options.dataset, options.data_dir, member.dataset)
-    look = look_for_file(checkpoint.recipe, dataset.name, options)
+    look = look_for_file(checkpoint.recipe, member, dataset.name, options)
     data = opener(dataset, look, options, device, workers)("test", member.classes)
     classes = member.head.classes if member.head else 0
     if classes and len(data.classes) > classes:

@@ -33,7 +33,8 @@ from randsurgery.format.checkpoint import Checkpoint
 from randsurgery.format.container import write_atomically
 from randsurgery.format.generator import generate
 from randsurgery.format.rebuild import check_affordable
-from randsurgery.format.recipe import Member, ModelSpec, Recipe
+from randsurgery.format.recipe import Member, Recipe
+from randsurgery.format.specs import ModelSpec
 from randsurgery.surgery.architectures import check_name
 from randsurgery.surgery.modules import build
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from randsurgery.errors import DataError, IncompatibleError, UsageError
 from randsurgery.format.container import check_not_input, check_output, write_atomically
-from randsurgery.format.recipe import InputSpec
+from randsurgery.format.specs import InputSpec
 from randsurgery.jobs.hub import local_file
 from randsurgery.jobs.inputs import DataOptions, look_for_file, open_test_split, pick_device
 from randsurgery.surgery.bases import open_checkpoint
@@ -101,14 +101,14 @@ def prepare(
         who = checkpoint.member(member)
         notes = []
         if inputs:
-            look = look_for_file(checkpoint.recipe, "folder", options)
+            look = look_for_file(checkpoint.recipe, who, "folder", options)
             data, dataset = open_images(paths, look, where, workers), None
         else:
             data, spec, fell_back = open_test_split(checkpoint, who, options, where, workers)
             dataset = spec.name
             if fell_back:
                 notes.append("no images given, no dataset given or recorded: using digits")
-        if checkpoint.recipe.input is None:
+        if checkpoint.recipe.input_of(who) is None:
             notes.append(f"the file records no preprocessing: using {look_text(data.spec)}")
         model = build(checkpoint, who.name).to(where)
         if getattr(model, "num_classes", None) == 0:

@@ -14,7 +14,7 @@ from randsurgery._version import __version__
 from randsurgery.errors import OutputError, UsageError
 from randsurgery.format.checkpoint import Checkpoint, Memory
 from randsurgery.format.container import pack, write_atomically
-from randsurgery.format.recipe import DatasetSpec
+from randsurgery.format.specs import DatasetSpec
 from randsurgery.training.loop import Record
 
 SECONDS = "seconds"

@@ -28,7 +28,7 @@ from randsurgery.format.container import (
     check_output,
     clear_unfinished,
 )
-from randsurgery.format.recipe import DatasetSpec
+from randsurgery.format.specs import DatasetSpec
 from randsurgery.format.writing import write_checkpoint
 from randsurgery.jobs.inputs import (
     DataOptions,
@@ -172,7 +172,7 @@ def prepare(
     settings = defaults(defaults_for(dataset.name)).updated(**{"seed": plan.seed, **plan.overrides})
     check_settings(settings)
     if recorded is not None:
-        look = look_for_file(recorded.recipe, dataset.name, plan.data)
+        look = look_for_file(recorded.recipe, recorded.member(), dataset.name, plan.data)
     else:
         look = look_for(source, dataset.name, plan.data)
     open_split = opener(dataset, look, plan.data, device, settings.workers)

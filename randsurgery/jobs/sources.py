@@ -206,7 +206,7 @@ def flatten(checkpoint: Checkpoint, member: str | None = None) -> Checkpoint:
             dtype=entry.dtype, shape=entry.shape, source=entry.source, overlays=overlays
         )
     fresh = Member(head=who.head, classes=who.classes, dataset=who.dataset)
-    recipe = checkpoint.recipe.model_copy(
+    recipe = checkpoint.recipe.seen_by(who).model_copy(
         update={"tensors": entries, "members": (fresh,), "backbone_id": None}
     )
     return Checkpoint(recipe, payloads, checkpoint.bases, opened=checkpoint.opened)

@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from randsurgery.errors import IncompatibleError, RandsurgeryError, UsageError, near, reason
 from randsurgery.format.rebuild import check_affordable
-from randsurgery.format.recipe import ModelSpec
+from randsurgery.format.specs import ModelSpec
 from randsurgery.surgery import zoo
 from randsurgery.surgery.randomness import borrowed
 

@@ -19,7 +19,7 @@ import numpy as np
 from torch import nn
 
 from randsurgery.errors import IncompatibleError, UsageError, near
-from randsurgery.format.recipe import ModelSpec
+from randsurgery.format.specs import ModelSpec
 from randsurgery.format.tensors import STORAGE, RawTensor, from_f32
 from randsurgery.surgery.architectures import ArgValue, build_meta, check_name, spec_of
 from randsurgery.surgery.bases import Base

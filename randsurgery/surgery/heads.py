@@ -27,15 +27,8 @@ from randsurgery.format.container import Container
 from randsurgery.format.fields import SHARED
 from randsurgery.format.generator import generate
 from randsurgery.format.rebuild import payload_name, split_payload_name
-from randsurgery.format.recipe import (
-    ConstantSource,
-    Entry,
-    HadamardSource,
-    HeadSpec,
-    ModelSpec,
-    Source,
-    StoredSource,
-)
+from randsurgery.format.recipe import ConstantSource, Entry, HadamardSource, Source, StoredSource
+from randsurgery.format.specs import HeadSpec, ModelSpec
 from randsurgery.format.tensors import RawTensor, f32, hex_float
 from randsurgery.surgery.architectures import build_meta, classifier_names
 
@@ -155,10 +148,11 @@ def coherence(rows: npt.NDArray[Any]) -> float:
 
 def describe_head(checkpoint: Checkpoint) -> dict[str, Any] | None:
     """Kind, rows, width and coherence of the fixed classifier; None without one."""
-    head = checkpoint.member().head
-    if head is None or head.kind == "linear" or checkpoint.recipe.model is None:
+    who = checkpoint.member()
+    head, spec = who.head, checkpoint.recipe.model_of(who)
+    if head is None or head.kind == "linear" or spec is None:
         return None
-    place = last_layers(build_meta(checkpoint.recipe.model))[0]
+    place = last_layers(build_meta(spec))[0]
     rows = checkpoint.tensor(f"{place}.weight").array
     return {"kind": head.kind, "rows": len(rows), "width": rows.shape[1],
             "coherence": coherence(rows)}  # fmt: skip
@@ -205,11 +199,12 @@ def with_fixed_head(
     rows.
     """
     recipe, who = checkpoint.recipe, checkpoint.member()
-    if recipe.model is None or who.head is None:
+    spec = recipe.model_of(who)
+    if spec is None or who.head is None:
         raise IncompatibleError("the network has no classifier to fix")
     if scale is not None and not (math.isfinite(scale) and scale > 0):
         raise UsageError(f"--head-scale must be above 0, found {scale}")
-    shell = build_meta(recipe.model)
+    shell = build_meta(spec)
     gone = tuple(f"{place}." for place in last_layers(shell))
     tensors = {n: e for n, e in recipe.tensors.items() if not n.startswith(gone)}
     own = {n: e for n, e in who.tensors.items() if not n.startswith(gone)}
@@ -227,14 +222,14 @@ def with_fixed_head(
         tensors[rows] = _rows(kind, (classes, width), seed, rows, payloads)
         tensors[f"{place}.scale"] = _constant((1,), start)
         tensors[f"{place}.bias"] = _constant((classes,), 0.0)
-    spec = HeadSpec(
+    fixed = HeadSpec(
         name=who.head.name,
         kind=kind,
         classes=who.head.classes,
         scale="learned" if scale is None else "given",
         seed=seed,
     )
-    fresh = who.model_copy(update={"head": spec, "tensors": own})
+    fresh = who.model_copy(update={"head": fixed, "tensors": own})
     update = {"tensors": dict(sorted(tensors.items())), "members": (fresh,), "backbone_id": None}
     opened = checkpoint.opened
     if isinstance(checkpoint.payloads, Container):  # it has been read; who closes this closes that
@@ -260,7 +255,7 @@ def with_head(checkpoint: Checkpoint, classes: int) -> Checkpoint:
     there is no classifier.
     """
     recipe, member = checkpoint.recipe, checkpoint.member()
-    head, spec = member.head, recipe.model
+    head, spec = member.head, recipe.model_of(member)
     if head is None or spec is None:
         raise IncompatibleError("the network has no classifier to give other classes")
     if head.classes == classes:
@@ -290,10 +285,10 @@ def with_head(checkpoint: Checkpoint, classes: int) -> Checkpoint:
 def _refixed(checkpoint: Checkpoint, head: HeadSpec, spec: ModelSpec, classes: int) -> Checkpoint:
     """The fixed classifier made anew for another number of classes, unless its bias or scale is
     learned."""
-    member = checkpoint.member()
-    assert checkpoint.recipe.model is not None
-    places = last_layers(build_meta(checkpoint.recipe.model))
-    recipe = checkpoint.recipe
+    recipe, member = checkpoint.recipe, checkpoint.member()
+    before = recipe.model_of(member)
+    assert before is not None
+    places = last_layers(build_meta(before))
     names = [f"{place}.{leaf}" for place in places for leaf in ("bias", "scale")]
     if any(name in member.tensors or recipe.tensors[name].overlays for name in names):
         raise IncompatibleError(

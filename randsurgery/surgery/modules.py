@@ -113,7 +113,7 @@ def build(
         _check_ties(model, raw)
         _copy_into(model, raw)
         return model.eval()
-    shell, spec = meta_module(checkpoint, member), recipe.model
+    shell, spec = meta_module(checkpoint, member), recipe.model_of(who)
     assert spec is not None
     check_fit(recipe, who, shell, spec.name)
     raw = checkpoint.tensors(who.name, threads)
@@ -129,9 +129,11 @@ def build(
 def meta_module(checkpoint: Checkpoint, member: str | None = None) -> nn.Module:
     """The member's network on meta: its layers, names and shapes without memory. Raises
     IncompatibleError if the file names no architecture."""
-    if checkpoint.recipe.model is None:
+    who = checkpoint.member(member)
+    spec = checkpoint.recipe.model_of(who)
+    if spec is None:
         raise IncompatibleError("the recipe names no architecture; pass your own module as model=")
-    return _with_head_of(checkpoint.member(member), build_meta(checkpoint.recipe.model))
+    return _with_head_of(who, build_meta(spec))
 
 
 def _with_head_of(member: Member, model: nn.Module) -> nn.Module:

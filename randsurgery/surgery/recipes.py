@@ -17,13 +17,12 @@ from randsurgery.format.recipe import (
     BaseSource,
     ConstantSource,
     Entry,
-    HeadSpec,
     Member,
-    ModelSpec,
     RandomSource,
     Recipe,
     Source,
 )
+from randsurgery.format.specs import HeadSpec, ModelSpec
 from randsurgery.format.tensors import hex_float
 from randsurgery.surgery.architectures import (
     ArgValue,

@@ -17,7 +17,7 @@ from randsurgery.errors import IncompatibleError, UsageError
 from randsurgery.format.checkpoint import Checkpoint
 from randsurgery.format.generator import generate
 from randsurgery.format.masks import Mask
-from randsurgery.format.recipe import Member, MemberTensor
+from randsurgery.format.recipe import Member
 from randsurgery.format.tensors import f32
 from randsurgery.surgery.scores import Scores, Scoring, initial_scores, put_scores
 from randsurgery.surgery.tensors import to_torch
@@ -172,12 +172,8 @@ class Sampler:
 def _unmasked(member: Member, name: str) -> Member:
     """The member without its masks of one tensor, and what they multiply by."""
     own = member.tensors[name]
-    said = own.overlays if own.entry is None else own.entry.overlays
-    rest = tuple(overlay for overlay in said if overlay.kind not in ("mask", "scale"))
+    rest = tuple(overlay for overlay in own.added if overlay.kind not in ("mask", "scale"))
     tensors = {key: value for key, value in member.tensors.items() if key != name}
-    if own.entry is not None:
-        entry = own.entry.model_copy(update={"overlays": rest, "digest": None})
-        tensors[name] = MemberTensor(entry=entry)
-    elif rest:
-        tensors[name] = MemberTensor(overlays=rest)
+    if rest or own.entry is not None:
+        tensors[name] = own.with_added(rest)
     return member.model_copy(update={"tensors": tensors})

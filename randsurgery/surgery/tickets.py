@@ -11,7 +11,7 @@ from randsurgery.errors import IncompatibleError, near
 from randsurgery.format.checkpoint import Checkpoint, Memory, payload_names
 from randsurgery.format.container import Container
 from randsurgery.format.masks import Mask
-from randsurgery.format.recipe import Entry, MaskOverlay, Member, MemberTensor, Overlay, Recipe
+from randsurgery.format.recipe import MaskOverlay, Member, MemberTensor, Recipe
 from randsurgery.surgery.initialisers import kept_count
 from randsurgery.surgery.modules import meta_module
 from randsurgery.surgery.popup import Popup, layer_shares, top_k
@@ -45,21 +45,9 @@ def with_masks(checkpoint: Checkpoint, masks: Mapping[str, Mask]) -> Checkpoint:
 
 def _with_mask(who: Member, name: str, mask: Mask, payloads: Memory) -> MemberTensor:
     own = who.tensors.get(name)
-    before = _overlays(own) if own is not None else ()
+    before = own.added if own is not None else ()
     overlays = (*before, mask_overlay(mask, who.name, name, len(before), payloads))
-    return _said(own, overlays)
-
-
-def _overlays(own: MemberTensor) -> tuple[Overlay, ...]:
-    return own.overlays if own.entry is None else own.entry.overlays
-
-
-def _said(own: MemberTensor | None, overlays: tuple[Overlay, ...]) -> MemberTensor:
-    """What the member says of a tensor, with other overlays."""
-    if own is None or own.entry is None:
-        return MemberTensor(overlays=overlays)
-    entry: Entry = own.entry.model_copy(update={"overlays": overlays, "digest": None})
-    return MemberTensor(entry=entry)
+    return MemberTensor(overlays=overlays) if own is None else own.with_added(overlays)
 
 
 def rethresholded(checkpoint: Checkpoint, wish: Popup) -> Checkpoint:
@@ -84,7 +72,7 @@ def rethresholded(checkpoint: Checkpoint, wish: Popup) -> Checkpoint:
     )
     payloads, tensors = _payloads(checkpoint), dict(who.tensors)
     for name, layer in layers.items():
-        if not any(isinstance(overlay, MaskOverlay) for overlay in _overlays(tensors[name])):
+        if not any(isinstance(overlay, MaskOverlay) for overlay in tensors[name].added):
             raise IncompatibleError(
                 f"{name} holds its surviving weights alone; those under the mask are not in the "
                 "file, so no other mask can be chosen"
@@ -96,9 +84,9 @@ def rethresholded(checkpoint: Checkpoint, wish: Popup) -> Checkpoint:
             mask_overlay(mask, who.name, name, index, payloads)
             if isinstance(overlay, MaskOverlay)
             else overlay
-            for index, overlay in enumerate(_overlays(tensors[name]))
+            for index, overlay in enumerate(tensors[name].added)
         )
-        tensors[name] = _said(tensors[name], overlays)
+        tensors[name] = tensors[name].with_added(overlays)
     fresh = who.model_copy(update={"tensors": tensors, "scores": {}})
     recipe = checkpoint.recipe.with_member(fresh)
     wanted = set(payload_names(recipe))

@@ -18,7 +18,7 @@ import torch
 from torch.nn import functional as F
 
 from randsurgery.format.generator import integers, permutation, torch_seed
-from randsurgery.format.recipe import InputSpec
+from randsurgery.format.specs import InputSpec
 from randsurgery.surgery.randomness import borrowed
 from randsurgery.training.images import (
     Bounded,

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from randsurgery.errors import DataError, near, reason
 from randsurgery.format.generator import permutation
-from randsurgery.format.recipe import DatasetSpec, InputSpec
+from randsurgery.format.specs import DatasetSpec, InputSpec
 from randsurgery.training.data import Data, Resident, Streamed
 from randsurgery.training.images import Paths, Pictures, image_mode
 

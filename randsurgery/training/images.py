@@ -19,7 +19,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 
 from randsurgery.errors import DataError, IncompatibleError, reason
-from randsurgery.format.recipe import InputSpec
+from randsurgery.format.specs import InputSpec
 
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
 """What is read: the formats that Pillow decodes itself. (For EPS it would start Ghostscript.)"""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from randsurgery.format.recipe import InputSpec
+from randsurgery.format.specs import InputSpec
 
 
 @dataclass(frozen=True)
