@@ -14,7 +14,8 @@ from torch.nn.functional import cross_entropy
 
 import randsurgery
 from benchmarks.timing import Timings, in_turn, note, parser_for, report
-from randsurgery.surgery.modules import build, learn_plan
+from randsurgery.surgery.learning import learn_plan
+from randsurgery.surgery.modules import build
 from randsurgery.training.data import Resident
 from randsurgery.training.loop import Hooks, fit
 from randsurgery.training.settings import TrainSettings, input_for

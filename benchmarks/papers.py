@@ -26,7 +26,8 @@ from torch import nn
 from randsurgery.format.checkpoint import Checkpoint
 from randsurgery.format.specs import DatasetSpec
 from randsurgery.surgery.heads import FixedKind, with_fixed_head, with_head
-from randsurgery.surgery.modules import build, harvest, learn_plan, meta_module
+from randsurgery.surgery.learning import learn_plan
+from randsurgery.surgery.modules import build, harvest, meta_module
 from randsurgery.surgery.plans import (
     Freeze,
     count_layers,

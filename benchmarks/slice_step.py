@@ -21,7 +21,8 @@ import randsurgery
 from benchmarks.popup_step import CASES, CLASSES, Case
 from benchmarks.timing import Action, Timings, in_turn, note, parser_for, report
 from randsurgery.format.checkpoint import Checkpoint
-from randsurgery.surgery.modules import build, learn_plan, meta_module
+from randsurgery.surgery.learning import learn_plan
+from randsurgery.surgery.modules import build, meta_module
 from randsurgery.surgery.plans import Freeze, everything, make_plan, with_plan
 
 FRACTION = "0.1"

@@ -23,7 +23,8 @@ import randsurgery
 from benchmarks.papers import SEEDS, Results, Splits, load
 from randsurgery.format.checkpoint import Checkpoint
 from randsurgery.surgery.initialisers import Init
-from randsurgery.surgery.modules import build, harvest, learn_plan
+from randsurgery.surgery.learning import learn_plan
+from randsurgery.surgery.modules import build, harvest
 from randsurgery.surgery.popup import Popup
 from randsurgery.surgery.supermask import Sampler, Supermask
 from randsurgery.training.evaluate import evaluate

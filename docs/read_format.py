@@ -163,7 +163,7 @@ def rebuilt(path: Path, chosen: str | None, bases: dict[str, Tensors]) -> Tensor
     """The tensors of a member (section 2)."""
     files, metadata = load(path)
     recipe = json.loads(metadata["randsurgery"], object_pairs_hook=unique)
-    need((recipe["format"], recipe["version"]) == ("randsurgery", 0), "version")
+    need((recipe["format"], repr(recipe["version"])) == ("randsurgery", "1"), "version")
     for key, about in recipe.get("bases", {}).items():
         base = bases.get(key) or load(path.parent / Path(about["file"]).name)[0]
         rows = (([n, d, a.shape], b"\0", a.tobytes()) for n, (d, a) in sorted(base.items()))

@@ -24,7 +24,8 @@ from randsurgery.format.writing import write_checkpoint
 from randsurgery.surgery import popup, supermask
 from randsurgery.surgery.bases import open_checkpoint
 from randsurgery.surgery.heads import FixedKind, with_fixed_head
-from randsurgery.surgery.modules import build, harvest, learn_plan, meta_module
+from randsurgery.surgery.learning import learn_plan
+from randsurgery.surgery.modules import build, harvest, meta_module
 from randsurgery.surgery.plans import Freeze, make_plan, with_plan, zero_filled
 from randsurgery.surgery.popup import Popup
 from randsurgery.surgery.recipes import make_recipe

@@ -195,7 +195,7 @@ def everything() -> tuple[Json, Memory]:
     }  # fmt: skip
     recipe = {
         "format": "randsurgery",
-        "version": 0,
+        "version": 1,
         "tensors": tensors,
         "members": [first, second],
         "bases": {"pre": {
@@ -230,7 +230,7 @@ def tiny(**more: Any) -> Json:
     """A small sound recipe: one masked random tensor, needing the payloads of ``tiny_payloads``."""
     mask = Builder().mask("shared", "w", 0, [1, 0, 1, 1, 0])
     whole = {"w": entry("F32", (5,), random_source("sign", 1.0), mask)}
-    return {"format": "randsurgery", "version": 0, "tensors": whole, **more}
+    return {"format": "randsurgery", "version": 1, "tensors": whole, **more}
 
 
 def tiny_payloads() -> Memory:
@@ -334,7 +334,7 @@ def test_scaling_gives_one_nan_and_infinities_without_a_warning() -> None:
                     {"kind": "scale", "factor": hexf(factor)})
         for name, factor in (("zero", 0.0), ("two", 2.0))
     }  # fmt: skip
-    checkpoint = assemble({"format": "randsurgery", "version": 0, "tensors": tensors}, b.payloads)
+    checkpoint = assemble({"format": "randsurgery", "version": 1, "tensors": tensors}, b.payloads)
     zero, two = (checkpoint.tensor(n).array.view("<u4").tolist() for n in ("zero", "two"))
     assert zero == [0x7FC00000, 0x7FC00000, 0, 0x80000000]
     assert two == [0x7F800000, 0x7FC00000, 0x7F800000, 0xFF800000]
@@ -591,6 +591,25 @@ def member_with(**more: Any) -> Json:
     return tiny(members=[{"name": "m", **more}])
 
 
+CALIBRATION: Json = {"temperature": hexf(1.5), "dataset": "digits", "share": "0.2", "seed": 7}
+INPUT: Json = {
+    "size": [8, 6], "channels": 1, "mean": [hexf(0.5)], "std": [hexf(0.25)],
+    "interpolation": "bilinear",
+}  # fmt: skip
+
+
+def without(whole: Json, field: str) -> Json:
+    return {key: value for key, value in whole.items() if key != field}
+
+
+def calibrated(**more: Any) -> Json:
+    return member_with(calibration={**CALIBRATION, **more})
+
+
+def seeing(**more: Any) -> Json:
+    return member_with(input={**INPUT, **more})
+
+
 def changed(path: list[str | int], value: Any) -> Json:
     recipe = tiny()
     target: Any = recipe
@@ -644,14 +663,52 @@ REFUSED: dict[str, Json] = {
                        "entry": entry("F32", (1,), constant(0.0))}}
     ),
     "scores of nothing": member_with(scores={"x": "0" * 32}),
+    "unknown field of a calibration": calibrated(surprise=1),
+    "a calibration without a temperature": member_with(
+        calibration=without(CALIBRATION, "temperature")
+    ),
+    "a calibration without a dataset": member_with(calibration=without(CALIBRATION, "dataset")),
+    "a calibration without a share": member_with(calibration=without(CALIBRATION, "share")),
+    "a temperature of 0": calibrated(temperature=hexf(0.0)),
+    "a temperature of -0": calibrated(temperature=hexf(-0.0)),
+    "a temperature below 0": calibrated(temperature=hexf(-1.5)),
+    "a temperature that is NaN": calibrated(temperature="nan"),
+    "an infinite temperature": calibrated(temperature="inf"),
+    "a decimal temperature": calibrated(temperature="1.5"),
+    "a temperature as a number": calibrated(temperature=1.5),
+    "a share above 1": calibrated(share="1.5"),
+    "a share of 0": calibrated(share="0.0"),
+    "a share below 0": calibrated(share="-0.5"),
+    "a share of 1 with a point": calibrated(share="1.0"),
+    "a share without digits": calibrated(share="0."),
+    "a share that starts with a point": calibrated(share=".5"),
+    "a share of 18 digits": calibrated(share="0." + "1" * 18),
+    "a share in digits of another script": calibrated(share="0.\u0665"),
+    "a share with an exponent": calibrated(share="1e-1"),
+    "a share and a newline": calibrated(share="0.5\n"),
+    "a share as a number": calibrated(share=0.5),
+    "a calibration's seed below 0": calibrated(seed=-1),
+    "a calibration's seed of 64 bits": calibrated(seed=2**63),
+    "a calibration of the whole file": tiny(calibration=CALIBRATION),
+    "unknown field of a member's input": seeing(surprise=1),
+    "a member's input of one side": seeing(size=[8]),
+    "a member's input of three sides": seeing(size=[8, 8, 3]),
+    "a member's input of a fraction of a pixel": seeing(size=[8, 6.5]),
+    "a member's input without channels": member_with(input=without(INPUT, "channels")),
+    "a member's input without a mean": member_with(input=without(INPUT, "mean")),
+    "a member's input with a decimal mean": seeing(mean=["0.5"]),
+    "a member's input with another interpolation": seeing(interpolation="lanczos"),
+    "a member's input as a size": member_with(input=[8, 6]),
     "a base that is not declared": changed([*W, "source"],
                                            {"kind": "base", "base": "b", "tensor": "w"}),
     "a base at a path": tiny(bases={"b": {"identity": "0" * 32, "file": "../b.safetensors"}}),
     "a base on a drive": tiny(bases={"b": {"identity": "0" * 32, "file": "C:b.safetensors"}}),
     "a tensor name with ..": tiny(tensors={"../w": entry("F32", (1,), constant(0.0))}),
     "a tensor name with a newline": tiny(tensors={"w\n": entry("F32", (1,), constant(0.0))}),
-    "a version of another kind": tiny(version=False),
-    "a later version": tiny(version=1),
+    "a version of another kind": tiny(version=True),
+    "a version as a float": tiny(version=1.0),
+    "an earlier version": tiny(version=0),
+    "a later version": tiny(version=2),
     "another format": tiny(format="other"),
 }  # fmt: skip
 
@@ -672,13 +729,13 @@ def test_format_and_version_must_be_said(field: str) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "1", "[]", "null", '{"format":"randsurgery","format":"randsurgery","version":0}',
-     '{"format":"randsurgery","version":0,"notes":{"x":NaN}}',
-     '{"format":"randsurgery","version":0,"notes":{"x":1e999}}',
-     '{"format":"randsurgery","version":0,"notes":{"x":1,"x":2}}',
-     '{"format":"randsurgery","version":0,"notes":{"x":"\\ud800"}}',
-     '{"format":"randsurgery","version":0,"notes":{"x":"\ud800"}}',
-     '{"format":"randsurgery","version":0,"notes":' + '{"x":' * 5000 + "1" + "}" * 5001],
+    ["", "1", "[]", "null", '{"format":"randsurgery","format":"randsurgery","version":1}',
+     '{"format":"randsurgery","version":1,"notes":{"x":NaN}}',
+     '{"format":"randsurgery","version":1,"notes":{"x":1e999}}',
+     '{"format":"randsurgery","version":1,"notes":{"x":1,"x":2}}',
+     '{"format":"randsurgery","version":1,"notes":{"x":"\\ud800"}}',
+     '{"format":"randsurgery","version":1,"notes":{"x":"\ud800"}}',
+     '{"format":"randsurgery","version":1,"notes":' + '{"x":' * 5000 + "1" + "}" * 5001],
 )  # fmt: skip
 def test_text_that_is_not_a_strict_json_recipe_is_refused(text: str) -> None:
     with pytest.raises(FileFormatError, match=r"^f: "):
@@ -693,8 +750,30 @@ def test_notes_and_provenance_are_free() -> None:
     assert parsed.members[0].provenance == free
 
 
+@pytest.mark.parametrize("share", ["1", "0.5", "0.50", "0.00000000000000001", "0." + "9" * 17])
+def test_a_member_has_its_own_input_and_calibration(share: str) -> None:
+    member = {"name": "m", "input": INPUT, "calibration": {**CALIBRATION, "share": share}}
+    recipe = parse_recipe(json.dumps(tiny(members=[{"name": "other"}, member])), "f")
+    assert recipe.to_json()["members"][1] == member
+    assert recipe.member("other").input is None
+    assert recipe.member("other").calibration is None
+    assert recipe.member("m").calibration.share == share
+
+
+def test_the_members_own_input_and_classes_supersede_the_recipes() -> None:
+    shared, head = {**INPUT, "size": [4, 4]}, {"name": "fc", "classes": 3}
+    model = {"name": "conv2", "args": {"num_classes": 10, "img_size": 8}}
+    members = [{"name": "a"}, {"name": "b", "input": INPUT, "head": head}]
+    recipe = parse_recipe(json.dumps(tiny(model=model, input=shared, members=members)), "f")
+    a, b = recipe.members
+    assert recipe.input_of(a).size == (4, 4)
+    assert recipe.input_of(b).size == (8, 6)
+    assert recipe.model_of(a) == recipe.model
+    assert recipe.model_of(b).args == {"num_classes": 3, "img_size": 8}
+
+
 def test_fields_at_their_defaults_are_left_out() -> None:
-    assert Recipe().to_json() == {"format": "randsurgery", "version": 0}
+    assert Recipe().to_json() == {"format": "randsurgery", "version": 1}
     assert canonical_json(parse_recipe(json.dumps(tiny()), "f").to_json()) == canonical_json(tiny())
 
 

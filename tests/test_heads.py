@@ -28,7 +28,8 @@ from randsurgery.surgery.heads import (
     with_fixed_head,
     with_head,
 )
-from randsurgery.surgery.modules import build, harvest, learn_plan, meta_module
+from randsurgery.surgery.learning import learn_plan
+from randsurgery.surgery.modules import build, harvest, meta_module
 from randsurgery.surgery.plans import Freeze, everything, make_plan, with_plan
 from randsurgery.surgery.popup import Popup, attach
 from randsurgery.surgery.recipes import make_recipe

@@ -19,13 +19,8 @@ from randsurgery.format.recipe import ConstantSource, Learned, Plan
 from randsurgery.format.tensors import hex_float
 from randsurgery.inspection.storage import storage
 from randsurgery.surgery import slices
-from randsurgery.surgery.modules import (
-    build,
-    harvest,
-    learn_plan,
-    meta_module,
-    plain_state,
-)
+from randsurgery.surgery.learning import learn_plan
+from randsurgery.surgery.modules import build, harvest, meta_module, plain_state
 from randsurgery.surgery.plans import (
     Freeze,
     everything,

@@ -19,14 +19,8 @@ from randsurgery.format.masks import Mask
 from randsurgery.format.recipe import Learned, Plan
 from randsurgery.surgery import slices
 from randsurgery.surgery.heads import with_fixed_head
-from randsurgery.surgery.modules import (
-    build,
-    harvest,
-    learn_plan,
-    meta_module,
-    plain_state,
-    survivor_mask,
-)
+from randsurgery.surgery.learning import learn_plan, survivor_mask
+from randsurgery.surgery.modules import build, harvest, meta_module, plain_state
 from randsurgery.surgery.plans import (
     Freeze,
     everything,

@@ -18,7 +18,8 @@ from randsurgery.errors import IncompatibleError, UsageError
 from randsurgery.format.checkpoint import Checkpoint
 from randsurgery.inspection.storage import storage
 from randsurgery.surgery.initialisers import kept_count
-from randsurgery.surgery.modules import build, harvest, survivor_mask
+from randsurgery.surgery.learning import survivor_mask
+from randsurgery.surgery.modules import build, harvest
 from randsurgery.surgery.popup import Popup, attach, shares
 from randsurgery.surgery.recipes import make_recipe
 from randsurgery.surgery.tickets import rethresholded, with_masks

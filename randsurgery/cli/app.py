@@ -10,6 +10,7 @@ from randsurgery._version import __version__
 from randsurgery.cli import (
     common,
     convert,
+    ensemble,
     evaluate,
     export,
     freeze,
@@ -59,6 +60,7 @@ app.command("eval")(evaluate.evaluate)
 app.command("predict")(predict.predict)
 app.command("export")(export.export)
 app.command("convert")(convert.convert)
+app.add_typer(ensemble.app, name="ensemble")
 app.add_typer(inspect.app, name="inspect")
 
 

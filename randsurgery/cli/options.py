@@ -155,11 +155,16 @@ _OVERRIDES = (
 )  # fmt: skip
 
 
-def takes_run_options(function: F) -> F:
-    """Give a command the options of ``RunOptions``, which it receives as its argument ``run``."""
+def takes_run_options(*, without: tuple[str, ...] = ()) -> Callable[[F], F]:
+    """Give a command the options of ``RunOptions``, which it receives as its argument ``run``;
+    those named keep their defaults."""
+    return functools.partial(_with_run_options, without=without)
+
+
+def _with_run_options(function: F, without: tuple[str, ...]) -> F:
     hints = get_type_hints(function, include_extras=True)
     shared = get_type_hints(RunOptions, include_extras=True)
-    fields = {field.name: field for field in dataclasses.fields(RunOptions)}
+    fields = {f.name: f for f in dataclasses.fields(RunOptions) if f.name not in without}
     own = [p for name, p in inspect.signature(function).parameters.items() if name != "run"]
     parameters = [p.replace(annotation=hints[p.name]) for p in own] + [
         inspect.Parameter(

@@ -19,7 +19,7 @@ MASK = "Mask"
 
 
 @command
-@takes_run_options
+@takes_run_options()
 def popup(
     source: Annotated[
         str, typer.Argument(metavar="SOURCE", help="A timm architecture or a file of init.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from rich import box
@@ -13,6 +14,7 @@ from rich.table import Table
 from randsurgery.cli.common import clean, err, note, out, size, verbosity
 
 if TYPE_CHECKING:
+    from randsurgery.inspection.members import MembersReport
     from randsurgery.inspection.storage import StorageReport, TensorStorage
     from randsurgery.inspection.verify import VerifyReport
     from randsurgery.surgery.plans import LayerCount
@@ -88,6 +90,33 @@ def show_layers(layers: Sequence[LayerCount]) -> None:
     out().print(made)
 
 
+def show_members(report: MembersReport) -> None:
+    """What each member adds, and what as many files of their own would take."""
+    made = table("member", "adds", "dense", "classes", "dataset", "accuracy", right=(1, 2, 3, 5))
+    for row in report.members:
+        made.add_row(
+            clean(row.name) + (" (damaged)" if row.fault else ""),
+            size(row.bytes),
+            size(row.dense_bytes),
+            "" if row.classes is None else str(row.classes),
+            clean(row.dataset or ""),
+            "" if row.accuracy is None else f"{row.accuracy:.4f}",
+        )
+    out().print(made)
+    rest = report.bytes - sum(row.bytes for row in report.members)
+    count, ratio = len(report.members), report.dense_bytes / max(1, report.bytes)
+    many = f"{count} dense files" if count > 1 else "a dense file"
+    out().print(
+        f"{clean(report.file)}: {size(report.bytes)}, of which {size(rest)} shared; {many} "
+        f"{size(report.dense_bytes)}, {ratio:.1f}x"
+    )
+
+
+def plain(value: Any) -> str:
+    """A value of a job's facts, for people."""
+    return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+
+
 def show_pairs(pairs: list[tuple[str, str]]) -> None:
     """Names and values, aligned."""
     width = max(len(name) for name, _ in pairs)
@@ -125,6 +154,24 @@ def training_progress(epochs: int) -> Iterator[Hooks]:
 
     with bar:
         yield Hooks(on_epoch_start=on_epoch_start, on_step=on_step, on_epoch=on_epoch, on_note=note)
+
+
+@contextmanager
+def stages_progress(epochs: int) -> Iterator[Callable[[str], Hooks]]:
+    """Hooks for each stage of a build, by its name, as ``training_progress`` gives them."""
+    with training_progress(epochs) as hooks:
+
+        def stage(name: str) -> Hooks:
+            return replace(hooks, on_epoch=lambda record: _said(name, record))
+
+        yield stage
+
+
+def _said(name: str, record: dict[str, Any]) -> None:
+    note(
+        f"{name}: epoch {record['epoch']}, train loss {record['train_loss']:.3f}, test accuracy "
+        f"{record['test_accuracy']:.2%}"
+    )
 
 
 @contextmanager

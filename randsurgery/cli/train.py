@@ -11,7 +11,7 @@ from randsurgery.cli.options import RunOptions, plan_of, takes_run_options
 
 
 @command
-@takes_run_options
+@takes_run_options()
 def train(
     source: Annotated[
         str,

@@ -243,6 +243,13 @@ def check_not_input(output: Path, inputs: Iterable[str | os.PathLike[str] | None
             raise OutputError(f"{output}: is read by this command; choose another --output")
 
 
+def check_picture(path: str | os.PathLike[str], *, force: bool = False) -> None:
+    """``check_output`` for --plot. Raises UsageError for an ending that is no picture's, too."""
+    if Path(path).suffix.lower() not in (".png", ".svg", ".pdf"):
+        raise UsageError(f"--plot must end in .png, .svg or .pdf, found {str(path)!r}")
+    check_output(path, force=force, option="--plot")
+
+
 def check_network(path: str | os.PathLike[str], *, force: bool = False) -> Path:
     """``check_output`` for files that commands are to read again, which they know by the ending.
 

@@ -326,7 +326,7 @@ class Recipe(Model):
         """The architecture, for the member's classes."""
         if self.model is None or member.head is None:
             return self.model
-        if self.model.args.get("num_classes", member.head.classes) == member.head.classes:
+        if self.model.args.get("num_classes") == member.head.classes:
             return self.model
         args = {**self.model.args, "num_classes": member.head.classes}
         return self.model.model_copy(update={"args": args})

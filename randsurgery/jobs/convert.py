@@ -77,9 +77,15 @@ def prepare_convert(plan: ConvertPlan) -> PreparedConvert:
     The job's checkpoint is to be closed by the caller.
     """
     plan.reading.check()
-    path = Path(plan.file)
-    output = check_network(plan.output or f"{path.stem}-converted.safetensors", force=plan.force)
+    stem = Path(plan.file).stem
+    output = check_network(plan.output or f"{stem}-converted.safetensors", force=plan.force)
     check_not_input(output, (plan.file, plan.base))
+    return converted(plan, output)
+
+
+def converted(plan: ConvertPlan, output: Path) -> PreparedConvert:
+    """The conversion itself, in memory; ``output`` is where it is meant to go."""
+    path = Path(plan.file)
     with contextlib.ExitStack() as stack:
         source = _opened(path, stack)
         found = fit(source, check_arch(plan.arch, source.about), plan.args)

@@ -20,7 +20,8 @@ from randsurgery.jobs.runs import Prepared, Result, RunPlan, Technique
 from randsurgery.jobs.sources import SourceSpec, has_factors, masked_tensors, masks_of
 from randsurgery.surgery import popup, scores, supermask
 from randsurgery.surgery.initialisers import kept_count
-from randsurgery.surgery.modules import meta_module, survivor_mask
+from randsurgery.surgery.learning import survivor_mask
+from randsurgery.surgery.modules import meta_module
 from randsurgery.surgery.popup import Popup
 from randsurgery.surgery.supermask import Supermask
 from randsurgery.surgery.tickets import rethresholded, with_masks

@@ -26,6 +26,7 @@ from randsurgery.format.container import (
     check_network,
     check_not_input,
     check_output,
+    check_picture,
     clear_unfinished,
 )
 from randsurgery.format.specs import DatasetSpec
@@ -220,9 +221,7 @@ def _outputs(plan: RunPlan, name: Path) -> Path:
     for beside in (metrics_path(output), settings_path(output)):
         check_output(beside, force=plan.force)
     if plan.plot is not None:
-        if Path(plan.plot).suffix.lower() not in (".png", ".svg", ".pdf"):
-            raise UsageError(f"--plot must end in .png, .svg or .pdf, found {plan.plot!r}")
-        check_output(plan.plot, force=plan.force, option="--plot")
+        check_picture(plan.plot, force=plan.force)
     if plan.resume not in (None, "auto") and not Path(str(plan.resume)).is_file():
         raise FileFormatError(
             f"--resume {plan.resume}: no such file; pass auto to start without one"
@@ -295,8 +294,8 @@ def carry_out(job: Prepared, technique: Technique, hooks: Hooks | None = None) -
             checkpoint = with_provenance(checkpoint, technique.command, settings, records)
             keep_base(checkpoint, job.output)
             size = write_checkpoint(job.output, checkpoint, force=plan.force)
-            options = {**settings, **_options(plan), **technique.options}
-            write_settings(job.output, options, job.dataset)
+            told = {**settings, **options(plan), **technique.options}
+            write_settings(job.output, told, job.dataset)
     except DivergedError as error:
         raise DivergedError(
             f"{error}; the last good state is {state_file}, --force begins anew over it"
@@ -313,7 +312,7 @@ def carry_out(job: Prepared, technique: Technique, hooks: Hooks | None = None) -
     return Result(job.output, size, records, metrics_path(job.output))
 
 
-def _options(plan: RunPlan) -> dict[str, Any]:
+def options(plan: RunPlan) -> dict[str, Any]:
     """The options of a run that are not settings of training, for the settings file."""
     data, source = plan.data, plan.source
     return {

@@ -38,7 +38,7 @@ from randsurgery.jobs.hub import (
 from randsurgery.surgery.architectures import ArgValue, check_name
 from randsurgery.surgery.bases import fetched_base, open_checkpoint, pretrained_base, read_base
 from randsurgery.surgery.initialisers import Init
-from randsurgery.surgery.modules import survivor_mask
+from randsurgery.surgery.learning import survivor_mask
 from randsurgery.surgery.recipes import make_recipe, make_recipe_on_base
 
 

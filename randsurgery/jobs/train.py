@@ -12,7 +12,8 @@ from randsurgery.jobs import runs
 from randsurgery.jobs.runs import Prepared, Result, RunPlan, Technique
 from randsurgery.jobs.sources import masked_tensors
 from randsurgery.surgery.heads import fixed_heads
-from randsurgery.surgery.modules import learn_plan, meta_module, survivor_mask
+from randsurgery.surgery.learning import learn_plan, survivor_mask
+from randsurgery.surgery.modules import meta_module
 from randsurgery.surgery.plans import count_layers, survivors
 from randsurgery.training.loop import Hooks
 

@@ -21,8 +21,10 @@ supermask      supermasks (Zhou et al.)
 sliced_layers  plain layers of which a slice is learned: its gradient alone
 slices         partial training: attach a plan to a module
 modules        recipe -> module, module -> recipe
+learning       plans on modules that were built from files
 tickets        masks on other weights, masks chosen anew from scores
 foreign        state dicts of other programs under an architecture's names and shapes
 hidden_networks  checkpoints of Ramanujan et al.'s code: their scores -> masks
 differences    a dense checkpoint against a base
+ensembles      members over one resident backbone
 """

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -23,31 +21,25 @@ from randsurgery.format.checkpoint import (
 )
 from randsurgery.format.rebuild import (
     check_affordable,
-    needed_steps,
     payload_name,
-    read_mask,
-    sentence,
 )
 from randsurgery.format.recipe import (
     Algorithm,
     ConstantSource,
     Entry,
     Learned,
-    MaskOverlay,
     Member,
     MemberTensor,
     Overlay,
     Recipe,
     ReplaceOverlay,
     ScaleOverlay,
-    ScatterOverlay,
 )
 from randsurgery.format.tensors import RawTensor, hex_float
 from randsurgery.surgery import scores as scoring
 from randsurgery.surgery import slices
 from randsurgery.surgery.architectures import build_initialised, build_meta, fill_hidden
 from randsurgery.surgery.heads import install
-from randsurgery.surgery.plans import everything
 from randsurgery.surgery.sentences import (
     leading,
     mask_overlay,
@@ -319,42 +311,6 @@ def _scattered(
     overlay = scatter_overlay(raw, mask, member.name, name, 0, payloads)
     source = ConstantSource(value=hex_float(0.0))
     return Entry(dtype=raw.dtype, shape=raw.shape, source=source, overlays=(overlay,))  # type: ignore[arg-type]
-
-
-def learn_plan(model: nn.Module, checkpoint: Checkpoint, member: str | None = None) -> nn.Module:
-    """Attach the member's own plan to its module; without one, everything is learned. In place."""
-    who = checkpoint.member(member)
-    plan = who.plan or everything(model)
-    alive = {n: survivor_mask(checkpoint, who, n)
-             for n, p in plan.tensors.items() if p.part == "survivors"}  # fmt: skip
-    starts = {n: to_torch(_start(checkpoint, n, p))
-              for n, p in plan.tensors.items() if p.start is not None}  # fmt: skip
-    return slices.attach(model, plan, masks=alive, starts=starts)
-
-
-def _start(checkpoint: Checkpoint, name: str, part: Learned) -> RawTensor:
-    """The whole tensor whose slice a plan starts from."""
-    entry = checkpoint.recipe.tensors[name]
-    assert part.start is not None
-    drawn = Entry(dtype=entry.dtype, shape=entry.shape, source=part.start)
-    recipe = Recipe(tensors={name: drawn}, bases=checkpoint.recipe.bases)
-    return replace(checkpoint, recipe=recipe).rebuild(Member(), name)
-
-
-def survivor_mask(checkpoint: Checkpoint, member: Member, name: str) -> masks.Mask:
-    """The positions that a tensor's masks keep and its scatters fill. Raises IncompatibleError if
-    the tensor has neither."""
-    found: np.ndarray[Any, np.dtype[np.bool_]] | None = None
-    _, entry, steps = sentence(checkpoint.recipe, member, name)
-    for owner, index, overlay in needed_steps(steps):
-        if isinstance(overlay, (MaskOverlay, ScatterOverlay)):
-            slot = payload_name(owner, name, f"{index}.mask")
-            bits = read_mask(checkpoint.payloads, slot, overlay, entry.size).unpack()
-            keeps = isinstance(overlay, MaskOverlay)
-            found = bits if found is None else (found & bits if keeps else found | bits)
-    if found is None:
-        raise IncompatibleError(f"{name} has no mask, so it has no survivors")
-    return masks.Mask.of(found)
 
 
 def _masked_entry(

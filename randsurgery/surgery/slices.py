@@ -135,9 +135,9 @@ def attach(
     """Learn what the plan names and nothing else. In place; works on any nn.Module.
 
     Afterwards the parameters that require gradients are the learned slices, survivors and whole
-    tensors. ``masks``: of the tensors whose survivors are learned. ``starts``: what slices hold
-    before training, as whole tensors, where that is not the module's own value. Raises UsageError
-    or IncompatibleError; the module is then unchanged.
+    tensors. ``masks``: of the tensors whose survivors are learned. ``starts``: what learned parts
+    hold before training, as whole tensors, where that is not the module's own value. Raises
+    UsageError or IncompatibleError; the module is then unchanged.
     """
     if attached(model):
         raise UsageError("the module has a plan attached already")
@@ -160,8 +160,7 @@ def attach(
         whole = module._parameters[leaf]
         assert whole is not None
         if starts is not None and name in starts:
-            assert part.dim is not None
-            here = (*[slice(None)] * part.dim, slice(part.count))
+            here = ... if part.dim is None else (*[slice(None)] * part.dim, slice(part.count))
             whole.data[here] = starts[name][here].to(whole.device)
         _learn(name, module, leaf, part, (masks or {}).get(name))
     if plan.statistics == "frozen":

@@ -8,6 +8,7 @@ data       splits: batches of images on the device
 datasets   datasets by name, folder or image files -> splits
 evaluate   accuracy and loss of a module on a split
 predict    what a module says of each image of a split
+uncertainty  accuracy, calibration and uncertainty of probabilities, also of an ensemble's
 state      the whole state of a run as one object
 loop       the one training loop
 """

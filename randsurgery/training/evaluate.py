@@ -8,6 +8,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from timm.utils import AverageMeter
 from torch import nn
@@ -45,9 +47,10 @@ def evaluate(
     *,
     batch_size: int = 256,
     amp: bool = False,
+    temperature: float = 1.0,
     on_batch: Callable[[int], None] | None = None,
 ) -> Evaluation:
-    """Top-1 and top-5 accuracy and cross entropy, in evaluation mode.
+    """Top-1 and top-5 accuracy and cross entropy, in evaluation mode, of logits / temperature.
 
     Raises DataError if the labels exceed the network's classes.
     """
@@ -57,7 +60,7 @@ def evaluate(
     for images, labels in data.evaluation(batch_size):
         with autocast(images.device, amp):
             logits = model(images)
-        logits = logits.float()
+        logits = logits.float() / temperature
         if int(labels.max()) >= logits.shape[1]:
             raise DataError(
                 f"the dataset has label {int(labels.max())}, the network {logits.shape[1]} classes"
@@ -76,3 +79,30 @@ def evaluate(
     model.train(was_training)
     seen = max(images_seen, 1)
     return Evaluation(first / seen, fifth / seen, losses.avg, images_seen)
+
+
+@torch.inference_mode()
+def outputs(
+    run: Callable[[torch.Tensor], torch.Tensor],
+    data: Data,
+    *,
+    batch_size: int = 256,
+    amp: bool = False,
+    on_batch: Callable[[int], None] | None = None,
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
+    """What ``run`` says of every image of a split, (..., images, classes), and the labels.
+
+    ``run``: a module in evaluation mode, or members at once, with an axis of members before the
+    images. Raises DataError for an image that cannot be read.
+    """
+    found, labels = [], []
+    for images, known in data.evaluation(batch_size):
+        with autocast(images.device, amp):
+            said = run(images)
+        found.append(said.float().cpu().numpy())
+        labels.append(known.cpu().numpy().astype(np.int64))
+        if on_batch is not None:
+            on_batch(len(known))
+    if not found:
+        raise DataError("the dataset has no images")
+    return np.concatenate(found, axis=-2), np.concatenate(labels)

@@ -30,7 +30,13 @@ class Prediction:
 
 @torch.inference_mode()
 def predict(
-    model: nn.Module, data: Data, *, top: int = 5, batch_size: int = 256, amp: bool = False
+    model: nn.Module,
+    data: Data,
+    *,
+    top: int = 5,
+    batch_size: int = 256,
+    amp: bool = False,
+    temperature: float = 1.0,
 ) -> Iterator[Prediction | Failure]:
     """One result an image, in evaluation mode: the ``top`` likeliest classes, or all if there are
     fewer, of equal ones the lower first. A batch's failures come before its predictions.
@@ -51,7 +57,7 @@ def predict(
                     f"the network gives outputs of shape {list(logits.shape)}, expected "
                     "[images, classes]"
                 )
-            logits = logits.float().cpu()
+            logits = logits.float().cpu() / temperature
             # shares may be equal where logits are not
             order = logits.sort(descending=True, stable=True).indices[:, :top]
             shares = logits.softmax(dim=1).gather(1, order)

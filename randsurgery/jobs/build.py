@@ -1,0 +1,387 @@
+"""``ensemble build``: N members over one backbone, trained one after another (Rosenfeld & Tsotsos,
+Section 4.3), or files packed into one.
+
+Every member is a training job of its own, whose file lies in a folder beside the output until all
+are there; a build that was stopped goes on with the member it was in.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from torch import nn
+
+from randsurgery.errors import IncompatibleError, OutputError, UsageError
+from randsurgery.format.checkpoint import Checkpoint, read_checkpoint
+from randsurgery.format.container import write_atomically
+from randsurgery.format.members import check_unique, renamed
+from randsurgery.format.recipe import Plan, RandomSource
+from randsurgery.format.writing import write_checkpoint
+from randsurgery.jobs import runs
+from randsurgery.jobs.records import keep_base, metrics_path, write_settings
+from randsurgery.jobs.runs import Prepared, RunPlan, Technique
+from randsurgery.jobs.sources import flatten
+from randsurgery.surgery import popup
+from randsurgery.surgery.ensembles import joined
+from randsurgery.surgery.initialisers import parse_fraction
+from randsurgery.surgery.learning import learn_plan
+from randsurgery.surgery.modules import meta_module
+from randsurgery.surgery.plans import (
+    Freeze,
+    count_layers,
+    everything,
+    make_plan,
+    with_plan,
+)
+from randsurgery.surgery.popup import Popup
+from randsurgery.surgery.scores import resolve
+from randsurgery.training.loop import Hooks, Record, check_settings
+from randsurgery.training.settings import TrainSettings
+
+Kind = Literal["fc", "share", "full", "popup", "plan"]
+START = "start"
+"""The stage that trains what all members begin from."""
+
+
+@dataclass(frozen=True)
+class BuildPlan:
+    """An ensemble to train.
+
+    members: how many. kind: what each learns: the classifier and norms ("fc"), all but a ``share``
+    of every layer's filters, everything, a mask that keeps ``k``, or what the source's plan says;
+    None if that has one. warmup: epochs that train the shared start first. reinit: members begin
+    with weights drawn from their own seeds. names: the members', if not m0, m1, ...
+    """
+
+    run: RunPlan
+    members: int
+    kind: str | None = None
+    share: str | None = None
+    k: str | None = None
+    warmup: int = 0
+    reinit: bool = False
+    names: tuple[str, ...] = ()
+
+    def check(self) -> None:
+        """Raises UsageError for values out of range and options that do not go together."""
+        if self.members < 1:
+            raise UsageError(f"--members must be 1 or more, found {self.members}")
+        kinds = get_args(Kind)[:-1]
+        if self.kind is not None and self.kind not in kinds:
+            raise UsageError(f"unknown --kind {self.kind!r}, expected {', '.join(kinds)}")
+        if self.share is not None and self.kind != "share":
+            raise UsageError("--share goes with --kind share")
+        if self.kind == "share" and self.share is None:
+            raise UsageError("--kind share needs --share, such as 0.9: what the members have alike")
+        if self.share is not None and parse_fraction(self.share, "--share") == 1:
+            raise UsageError("--share must be below 1: members that share all filters learn none")
+        if self.k is not None and self.kind != "popup":
+            raise UsageError("--k goes with --kind popup")
+        if self.reinit and self.kind == "popup":
+            raise UsageError("--reinit goes with learned weights; --kind popup learns masks")
+        if self.names and len(self.names) != self.members:
+            raise UsageError(f"{self.members} members, but {len(self.names)} names (--name)")
+        check_unique(self.member_names)
+
+    @property
+    def member_names(self) -> tuple[str, ...]:
+        """The members' names, in order, such that they sort in this order."""
+        width = len(str(self.members - 1))
+        return self.names or tuple(f"m{index:0{width}d}" for index in range(self.members))
+
+
+@dataclass(frozen=True)
+class PreparedBuild:
+    """A checked build. ``job``: the start, all but trained. ``learned``: the plan of each member;
+    None for masks. ``each``, ``total``: parameters that a member learns, and that a network has."""
+
+    plan: BuildPlan
+    job: Prepared
+    kind: Kind
+    learned: Plan | None
+    each: int
+    total: int
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Built:
+    """What a build wrote. ``records``: the last of each member's training, by name."""
+
+    path: Path
+    bytes: int
+    records: dict[str, Record]
+
+
+def prepare_build(plan: BuildPlan) -> PreparedBuild:
+    """Check everything a build needs. Raises RandsurgeryError; writes nothing. The job's checkpoint
+    is to be closed by the caller."""
+    plan.check()
+    resumes = plan.run.resume
+    if resumes not in (None, "auto"):
+        raise UsageError(f"--resume {resumes}: a build is resumed by auto, from its own parts")
+    label = f"ensemble-{plan.kind or 'plan'}"
+    with runs.closing_on_error() as stack:
+        job = runs.prepare(replace(plan.run, resume=None), stack, label, flat=False)
+        _check_parts(plan, job)
+        had = job.checkpoint.member().plan
+        start = _flat(job.checkpoint)
+        kind = _kind(plan, had, start)
+        shell = meta_module(start)
+        learned = _learned(plan, kind, shell, had)
+        if learned is not None:
+            start = with_plan(start, learned)
+            if plan.reinit:
+                _check_drawn(start, learned)
+        each, total = _sizes(plan, shell, learned)
+        if plan.warmup:
+            check_settings(replace(job.settings, epochs=plan.warmup))
+        settings = _settings(plan, kind)
+    return PreparedBuild(plan, replace(job, checkpoint=start), kind, learned, each, total, settings)
+
+
+def _flat(checkpoint: Checkpoint) -> Checkpoint:
+    """What was learned before becomes the backbone of what is learned next."""
+    return flatten(checkpoint) if checkpoint.member().tensors else checkpoint
+
+
+def _kind(plan: BuildPlan, had: Plan | None, start: Checkpoint) -> Kind:
+    if had is not None and plan.kind is None:
+        return "plan"
+    if had is not None:
+        raise UsageError(f"the source has a plan, which implies what members learn; leave --kind "
+                         f"{plan.kind} out")  # fmt: skip
+    for kind in get_args(Kind)[:-1]:
+        if kind == plan.kind:
+            found: Kind = kind
+            return found
+    raise UsageError("--kind fc, share, full or popup is needed: the source has no plan")
+
+
+def _learned(plan: BuildPlan, kind: Kind, shell: nn.Module, had: Plan | None) -> Plan | None:
+    """What each member learns; None for masks."""
+    if kind == "popup":
+        return None
+    if kind == "plan":
+        return had
+    if kind == "full":
+        return everything(shell)
+    if kind == "fc":
+        return make_plan(shell, Freeze(only=("@head",)))
+    assert plan.share is not None
+    return make_plan(shell, Freeze(fraction=1 - parse_fraction(plan.share, "--share"), least=1))
+
+
+def _popup(plan: BuildPlan, seed: int) -> Popup:
+    return Popup(plan.k or "0.3", seed=seed)
+
+
+def _sizes(plan: BuildPlan, shell: nn.Module, learned: Plan | None) -> tuple[int, int]:
+    """Parameters that a member learns (of masks: one a masked weight), and all."""
+    rows = count_layers(shell, learned if learned is not None else Plan())
+    if learned is not None:
+        return sum(row.learned for row in rows), sum(row.total for row in rows)
+    wish = _popup(plan, 0)
+    targets, _ = resolve(shell, wish)
+    popup.shares(shell, wish)  # which checks k
+    each = sum(getattr(module, leaf).numel() for _, module, leaf in targets)
+    return each, sum(row.total for row in rows)
+
+
+def _check_drawn(start: Checkpoint, learned: Plan) -> None:
+    """Raises UsageError if nothing that is learned was drawn from a seed."""
+    entries = start.recipe.tensors
+    if not any(isinstance(entries[name].source, RandomSource) for name in learned.tensors):
+        raise UsageError("--reinit needs weights that were drawn from a seed; the source has none")
+
+
+def _settings(plan: BuildPlan, kind: Kind) -> dict[str, Any]:
+    """What a build was told, beside the settings of training."""
+    found = {
+        **runs.source_settings(plan.run),
+        "kind": kind,
+        "share": plan.share,
+        "k": str(_popup(plan, 0).k) if kind == "popup" else None,
+        "warmup_epochs": plan.warmup,
+        "reinit": plan.reinit,
+    }
+    return {key: value for key, value in found.items() if value is not None}
+
+
+# --- the parts -----------------------------------------------------------------------------------
+
+
+def parts_folder(output: Path) -> Path:
+    """Where the members of a build lie until all are trained: beside the output."""
+    return output.with_name(f"{output.stem}.parts")
+
+
+def _check_parts(plan: BuildPlan, job: Prepared) -> None:
+    folder = parts_folder(job.output)
+    if folder.exists() and plan.run.resume is None and not plan.run.force:
+        raise OutputError(
+            f"{folder}: holds the members of a build that was stopped; --resume auto goes on with "
+            "it, --force begins anew"
+        )
+
+
+def _identity(job: PreparedBuild) -> dict[str, Any]:
+    """What makes two builds the same."""
+    technique = Technique("ensemble build", lambda _: None, job.settings)
+    return {**runs.identity(job.job, technique), "members": list(job.plan.member_names)}
+
+
+def _open_parts(job: PreparedBuild) -> Path:
+    """The folder of the parts, empty, or with those of the same build. Raises IncompatibleError
+    naming the first difference if they are another's."""
+    folder, ours = parts_folder(job.job.output), json.loads(json.dumps(_identity(job)))
+    about = folder / "build.json"
+    if folder.exists() and job.plan.run.resume is None:
+        shutil.rmtree(folder)
+    if about.is_file():
+        theirs = json.loads(about.read_text())
+        for key in sorted({*ours, *theirs}):
+            if ours.get(key) != theirs.get(key):
+                raise IncompatibleError(
+                    f"{folder}: holds the members of another build: its {key} is "
+                    f"{str(theirs.get(key))[:80]}, here it is {str(ours.get(key))[:80]}"
+                )
+    try:
+        folder.mkdir(exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{folder}: cannot be made ({error.strerror or error})") from None
+    write_atomically(about, iter([json.dumps(ours, sort_keys=True).encode()]))
+    return folder
+
+
+# --- train ---------------------------------------------------------------------------------------
+
+
+def run_build(job: PreparedBuild, hooks: Callable[[str], Hooks]) -> Built:
+    """Train every member, then write, re-read and verify the ensemble. ``hooks``: for each stage,
+    by name. Raises DivergedError; the members that are trained are kept for ``--resume auto``."""
+    folder, output = _open_parts(job), job.job.output
+    start = job.job
+    try:
+        with contextlib.ExitStack() as stack:
+            if job.plan.warmup:
+                start = _warmed(job, folder, hooks(START), stack)
+            found: Checkpoint | None = None
+            for index, name in enumerate(job.plan.member_names):
+                part = _trained(job, start, folder, index, hooks(name), stack)
+                found = part if found is None else joined(found, part)
+            assert found is not None
+            keep_base(found, output)
+            size = write_checkpoint(output, found, force=job.plan.run.force, finished=True)
+            records = _write_records(job, folder)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(
+            f"interrupted; the members trained so far are in {folder}; --resume auto goes on with "
+            "the same command"
+        ) from None
+    shutil.rmtree(folder)
+    return Built(output, size, records)
+
+
+def _stage(job: PreparedBuild, start: Prepared, path: Path, settings: TrainSettings) -> Prepared:
+    """A training job of its own, that goes on from its state if it was stopped."""
+    run = replace(start.plan, resume="auto", force=True, plot=None, log_to=())
+    return replace(start, plan=run, settings=settings, output=path)
+
+
+def _read_part(path: Path, start: Prepared, stack: contextlib.ExitStack) -> Checkpoint:
+    part = stack.enter_context(read_checkpoint(path, need_bases=False))
+    return replace(part, bases=start.checkpoint.bases)
+
+
+def _warmed(
+    job: PreparedBuild, folder: Path, hooks: Hooks, stack: contextlib.ExitStack
+) -> Prepared:
+    """The start after its own epochs, in which everything is learned, as all members' backbone."""
+    path, begin = folder / f"{START}.safetensors", job.job
+    all_of_it = with_plan(begin.checkpoint, everything(meta_module(begin.checkpoint)))
+    if not path.exists():
+        settings = replace(begin.settings, epochs=job.plan.warmup)
+        stage = replace(_stage(job, begin, path, settings), checkpoint=all_of_it)
+        runs.carry_out(stage, _technique(job, lambda model: learn_plan(model, all_of_it)), hooks)
+    warm = flatten(_read_part(path, begin, stack))
+    if job.learned is not None:
+        warm = with_plan(warm, job.learned)
+    return replace(begin, checkpoint=warm)
+
+
+def _trained(
+    job: PreparedBuild,
+    start: Prepared,
+    folder: Path,
+    index: int,
+    hooks: Hooks,
+    stack: contextlib.ExitStack,
+) -> Checkpoint:
+    """A member under its name, trained now or before the build was stopped."""
+    name = job.plan.member_names[index]
+    path, seed = folder / f"{name}.safetensors", start.settings.seed + index
+    if not path.exists():
+        stage = _stage(job, start, path, replace(start.settings, seed=seed))
+        runs.carry_out(stage, _technique(job, _attach(job, start, seed)), hooks)
+    part = _read_part(path, start, stack)
+    return renamed(part, {part.member().name: name})
+
+
+def _technique(job: PreparedBuild, attach: Callable[[nn.Module], object]) -> Technique:
+    return Technique("ensemble build", attach, job.settings)
+
+
+def _attach(job: PreparedBuild, start: Prepared, seed: int) -> Callable[[nn.Module], object]:
+    """What makes a network learn as a member of that seed."""
+    if job.learned is None:
+        return lambda model: popup.attach(model, _popup(job.plan, seed))
+    drawn = seed if job.plan.reinit else None
+    return lambda model: learn_plan(model, start.checkpoint, seed=drawn)
+
+
+# --- what is written -----------------------------------------------------------------------------
+
+
+def _write_records(job: PreparedBuild, folder: Path) -> dict[str, Record]:
+    """Every stage's metrics, by name, and the build's settings, beside the output. Returns the last
+    record of each member."""
+    last: dict[str, Record] = {}
+    lines = []
+    stages = [START] * bool(job.plan.warmup) + list(job.plan.member_names)
+    for name in stages:
+        for line in metrics_path(folder / f"{name}.safetensors").read_text().splitlines():
+            last[name] = json.loads(line)
+            lines.append(json.dumps({"member": name, **last[name]}) + "\n")
+    output = job.job.output
+    write_atomically(metrics_path(output), iter(["".join(lines).encode()]))
+    options = {
+        **job.settings,
+        **job.job.settings.to_json(),
+        **runs.options(job.job.plan),
+        "kind": None if job.kind == "plan" else job.kind,
+        "members": job.plan.members,
+        "name": list(job.plan.names) or None,
+    }
+    write_settings(output, options, job.job.dataset)
+    return {name: last[name] for name in job.plan.member_names}
+
+
+def build_facts(job: PreparedBuild) -> dict[str, Any]:
+    """What a build would do, for ``--dry-run``; ``learned`` by all members together."""
+    technique = _technique(job, lambda _: None)
+    own = {
+        "kind": job.kind,
+        "members": list(job.plan.member_names),
+        "learned": job.each * job.plan.members,
+        "learned_each": job.each,
+        "total": job.total,
+        "warmup_epochs": job.plan.warmup,
+    }
+    return {**runs.facts(job.job, own, technique)}

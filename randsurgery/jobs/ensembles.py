@@ -1,0 +1,284 @@
+"""``ensemble eval`` and ``ensemble calibrate``: members together on a dataset."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from randsurgery.errors import UsageError
+from randsurgery.format.checkpoint import Checkpoint
+from randsurgery.format.generator import permutation
+from randsurgery.format.members import members_named
+from randsurgery.format.recipe import Member
+from randsurgery.format.specs import Calibration, DatasetSpec
+from randsurgery.format.tensors import hex_float
+from randsurgery.format.writing import write_checkpoint
+from randsurgery.jobs.hub import local_file
+from randsurgery.jobs.inputs import DataOptions, look_for_file, open_test_split, opener, pick_device
+from randsurgery.jobs.members import in_place
+from randsurgery.surgery.bases import open_checkpoint
+from randsurgery.surgery.ensembles import (
+    Engine,
+    Ensemble,
+    check_engine,
+    temperature,
+)
+from randsurgery.surgery.initialisers import parse_fraction
+from randsurgery.training.data import Data
+from randsurgery.training.evaluate import outputs
+from randsurgery.training.uncertainty import (
+    EnsembleMetrics,
+    EnsembleResult,
+    EnsembleTally,
+    Separation,
+    fit_temperature,
+    mean_nll,
+    separation,
+)
+
+Logits = npt.NDArray[np.float32]
+Labels = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class EvalPlan:
+    """What an evaluation is told. members: None is all of the file. ood: a second dataset, of
+    images that the members were never meant for."""
+
+    file: str
+    data: DataOptions = field(default_factory=DataOptions)
+    members: tuple[str, ...] | None = None
+    base: str | None = None
+    ood: DataOptions | None = None
+    engine: str = "auto"
+    batch_size: int = 256
+    workers: int = 0
+    amp: bool = False
+    device: str = "auto"
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What an evaluation found. ``left_out``: images that fitted the temperature. ``ood``: how
+    well each uncertainty tells the second dataset's images apart. ``rows``: what of the paper's
+    Table 4 there is to say."""
+
+    dataset: DatasetSpec
+    fell_back: bool  # on digits: no dataset was given or recorded
+    metrics: EnsembleMetrics
+    engine: str
+    temperatures: dict[str, float]
+    left_out: int = 0
+    ood: dict[str, Separation] = field(default_factory=dict)
+    ood_dataset: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        found: dict[str, Any] = {
+            "dataset": self.dataset.name,
+            "engine": self.engine,
+            "left_out": self.left_out,
+            "temperatures": self.temperatures,
+            **self.metrics.to_json(),
+        }
+        if self.ood_dataset is not None:
+            scores = {name: one.to_json() for name, one in self.ood.items()}
+            found["ood"] = {"dataset": self.ood_dataset, **scores}
+        return found
+
+
+def run_eval(plan: EvalPlan, on_batch: Callable[[int], None] | None = None) -> Scored:
+    """Evaluate members together on a test split, with their recorded preprocessing.
+
+    One member is held at a time. Raises IncompatibleError for members of several tasks, and what
+    opening file and data raises.
+    """
+    check_engine(plan.engine)
+    with _opened(plan) as checkpoint:
+        chosen = members_named(checkpoint, plan.members)
+        ensemble = _ensemble(checkpoint, plan)
+        data, dataset, fell_back = _data(checkpoint, chosen[0], plan)
+        other = None if plan.ood is None else _other(checkpoint, chosen[0], plan.ood, plan)
+        engine = _engine(ensemble, data, check_engine(plan.engine))
+        kept = _evaluated(len(data), dataset, chosen)
+        found = _tally(ensemble, engine, data, plan, kept, on_batch)
+        apart: dict[str, Separation] = {}
+        if other is not None:
+            far = _tally(ensemble, engine, other, plan, None, on_batch, labelled=False)
+            apart = _apart(found, far)
+    return Scored(
+        dataset,
+        fell_back,
+        found.metrics,
+        engine,
+        {member.name: temperature(member) for member in chosen},
+        0 if kept is None else len(data) - len(kept),
+        apart,
+        None if plan.ood is None else plan.ood.dataset or "folder",
+    )
+
+
+def _opened(plan: EvalPlan) -> Checkpoint:
+    return open_checkpoint(local_file(plan.file), plan.base)
+
+
+def _ensemble(checkpoint: Checkpoint, plan: EvalPlan) -> Ensemble:
+    where = pick_device(plan.device)
+    return Ensemble(checkpoint, plan.members).to(where)
+
+
+def _data(checkpoint: Checkpoint, member: Member, plan: EvalPlan) -> tuple[Data, DatasetSpec, bool]:
+    where = pick_device(plan.device)
+    return open_test_split(checkpoint, member, plan.data, where, plan.workers)
+
+
+def _other(checkpoint: Checkpoint, member: Member, options: DataOptions, plan: EvalPlan) -> Data:
+    """The second dataset's test split, shown as the member expects; its classes do not matter."""
+    name = options.dataset or ("folder" if options.data_dir else None)
+    if name is None:
+        raise UsageError("--ood needs a dataset, or --ood-dir a folder of images")
+    spec = DatasetSpec(name=name)
+    look = look_for_file(checkpoint.recipe, member, name, options)
+    where = pick_device(plan.device)
+    return opener(spec, look, options, where, plan.workers)("test", None)
+
+
+def _engine(ensemble: Ensemble, data: Data, asked: Engine) -> Engine:
+    """On a CPU one member after another: the batched call was never faster over a whole dataset
+    (docs/performance.md). Elsewhere both are timed on the first images."""
+    device = next(ensemble.backbone.parameters()).device
+    if asked != "auto" or device.type == "cpu" or len(ensemble.members) == 1:
+        return "switch" if asked == "auto" else asked
+    images, _ = next(iter(data.evaluation(min(64, len(data)))))
+    return ensemble.faster(images)
+
+
+def _tally(
+    ensemble: Ensemble,
+    engine: Engine,
+    data: Data,
+    plan: EvalPlan,
+    kept: npt.NDArray[np.intp] | None,
+    on_batch: Callable[[int], None] | None,
+    *,
+    labelled: bool = True,
+) -> EnsembleResult:
+    """The figures over the images ``kept``, or all."""
+    tally = EnsembleTally()
+    scales = dict(zip(ensemble.members, ensemble.temperatures, strict=True))
+    for name, logits, labels in _logits(ensemble, engine, data, plan, on_batch):
+        shares = torch.from_numpy(logits / np.float32(scales[name])).softmax(dim=1).numpy()
+        known = labels if labelled else None
+        if kept is not None:
+            shares, known = shares[kept], None if known is None else known[kept]
+        tally.add(name, shares, known)
+    return tally.result()
+
+
+def _logits(
+    ensemble: Ensemble,
+    engine: Engine,
+    data: Data,
+    plan: EvalPlan,
+    on_batch: Callable[[int], None] | None,
+) -> Iterator[tuple[str, Logits, Labels]]:
+    """(member, its logits (images, classes) before any temperature, labels), one by one."""
+    options: dict[str, Any] = {"batch_size": plan.batch_size, "amp": plan.amp, "on_batch": on_batch}
+    if engine == "batched":
+        every, labels = outputs(ensemble.batched, data, **options)
+        yield from ((name, one, labels) for name, one in zip(ensemble.members, every, strict=True))
+        return
+    for name in ensemble.members:
+        logits, labels = outputs(ensemble.member(name), data, **options)
+        yield name, logits, labels
+
+
+def _apart(inside: EnsembleResult, outside: EnsembleResult) -> dict[str, Separation]:
+    """How well three uncertainties tell the second dataset's images from the first's."""
+    near, far = inside.images, outside.images
+    found = {
+        "entropy": separation(near.entropy, far.entropy),
+        "confidence": separation(1 - near.confidence, 1 - far.confidence),
+    }
+    if len(near.member_classes) > 1:
+        found["mutual_information"] = separation(near.mutual_information, far.mutual_information)
+    return found
+
+
+# --- temperature ---------------------------------------------------------------------------------
+
+
+def calibration_images(count: int, share: str, seed: int) -> npt.NDArray[np.intp]:
+    """The images of a test split, by index, that a temperature is fitted on."""
+    chosen = max(1, int(parse_fraction(share, "--share") * count))
+    return permutation(count, seed=seed, stream="calibration")[:chosen]
+
+
+def _evaluated(
+    count: int, dataset: DatasetSpec, members: Sequence[Member]
+) -> npt.NDArray[np.intp] | None:
+    """The images that no member's temperature was fitted on, by index; None for all."""
+    keep = np.ones(count, dtype=bool)
+    for member in members:
+        known = member.calibration
+        if known is not None and known.dataset == dataset.name and known.share != "1":
+            keep[calibration_images(count, known.share, known.seed)] = False
+    return None if keep.all() or not keep.any() else np.flatnonzero(keep)
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """What calibration found: one temperature for all members, and the NLL of their mean over the
+    images it was fitted on, before and after."""
+
+    path: Path
+    bytes: int
+    temperature: float
+    images: int
+    before: float
+    after: float
+
+
+def run_calibrate(
+    plan: EvalPlan,
+    *,
+    share: str = "0.2",
+    seed: int = 0,
+    output: str | None = None,
+    force: bool = False,
+    on_batch: Callable[[int], None] | None = None,
+) -> Calibrated:
+    """Fit one temperature for all members on a share of the test split, and write it into the file,
+    or into ``output``. ``eval`` leaves these images out. Raises as ``run_eval`` does; the file is
+    then untouched."""
+    if not re.fullmatch(r"0\.[0-9]{1,17}|1", share) or not float(share):
+        raise UsageError(f"--share must be a decimal above 0, up to 1, found {share!r}")
+    target = in_place(plan.file, output, force=force)
+    with _opened(plan) as checkpoint:
+        chosen = members_named(checkpoint, plan.members)
+        ensemble = _ensemble(checkpoint, plan)
+        data, dataset, _ = _data(checkpoint, chosen[0], plan)
+        used = calibration_images(len(data), share, seed)
+        logits, known = [], np.zeros(0, np.int64)
+        for _, one, labels in _logits(ensemble, "switch", data, plan, on_batch):
+            logits.append(one[used])
+            known = labels[used]
+        best = fit_temperature(logits, known)
+        about = Calibration(
+            temperature=hex_float(best), dataset=dataset.name, share=share, seed=seed
+        )
+        recipe = checkpoint.recipe
+        for member in chosen:
+            recipe = recipe.with_member(member.model_copy(update={"calibration": about}))
+        size = write_checkpoint(
+            target, replace(checkpoint, recipe=recipe), force=True, finished=True
+        )
+    before, after = (mean_nll(logits, known, one) for one in (1.0, best))
+    return Calibrated(target, size, best, len(used), before, after)

@@ -1,0 +1,362 @@
+"""Cheap ensembles (Rosenfeld & Tsotsos, Section 4.3): members that share one backbone, in one
+resident network.
+
+A file's members differ from the shared backbone by their own overlays. One network is held in
+memory and becomes each member in turn: only what the two members say is written, and of a slice
+only the slice. Or the members' own tensors are stacked and all run as one batched call.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch import nn
+
+from randsurgery.errors import IncompatibleError, UsageError, reason
+from randsurgery.format.checkpoint import Checkpoint, in_threads
+from randsurgery.format.members import graft, members_named, with_own
+from randsurgery.format.rebuild import payload_name, read_payload
+from randsurgery.format.recipe import Member, MemberTensor, SliceOverlay
+from randsurgery.format.tensors import RawTensor
+from randsurgery.surgery.architectures import classifier_names
+from randsurgery.surgery.heads import last_layers
+from randsurgery.surgery.modules import build, meta_module
+from randsurgery.surgery.sentences import leading
+from randsurgery.surgery.tensors import to_torch
+
+Engine = Literal["auto", "switch", "batched"]
+Region = tuple[int, int]
+"""(dim, count): a tensor differs from the shared one within this slice at most."""
+
+
+def check_engine(name: str) -> Engine:
+    """``auto``, ``switch`` or ``batched``. Raises UsageError."""
+    for engine in get_args(Engine):
+        if engine == name:
+            checked: Engine = engine
+            return checked
+    raise UsageError(f"unknown --engine {name!r}, expected {', '.join(get_args(Engine))}")
+
+
+def joined(onto: Checkpoint, other: Checkpoint) -> Checkpoint:
+    """``onto`` with the members of ``other``. Where the backbones differ in the classifier alone
+    (another task), every member gets its classifier as its own. Raises as ``graft`` does."""
+    if onto.recipe.backbone_id == other.recipe.backbone_id or onto.recipe.model is None:
+        return graft(onto, other)
+    ours, theirs = (with_own(one, _classifier_tensors(one)) for one in (onto, other))
+    if ours.recipe.backbone_id != theirs.recipe.backbone_id:
+        return graft(onto, other)  # which says how they differ
+    return graft(ours, theirs)
+
+
+def _classifier_tensors(checkpoint: Checkpoint) -> set[str]:
+    """The shared tensors of some member's classifier."""
+    recipe = checkpoint.recipe
+    places: set[str] = set()
+    for member in recipe.members:
+        if recipe.model is not None and member.head is not None:
+            places |= set(last_layers(meta_module(checkpoint, member.name)))
+    prefixes = tuple(f"{place}." for place in places)
+    return {name for name in recipe.tensors if name.startswith(prefixes)} if prefixes else set()
+
+
+def check_one_task(checkpoint: Checkpoint, members: Sequence[Member]) -> None:
+    """Raises IncompatibleError if the members' probabilities have no mean: other classes, or other
+    preprocessing of the images."""
+    tasks: dict[Any, list[str]] = {}
+    for member in members:
+        classes = member.head.classes if member.head else None
+        tasks.setdefault((classes, member.classes), []).append(member.name)
+    if len(tasks) > 1:
+        told = "; ".join(f"{', '.join(names)}: {_task(*task)}" for task, names in tasks.items())
+        raise IncompatibleError(
+            f"the members have different classes, so they have no mean ({told}); choose members of "
+            "one task with --member"
+        )
+    looks: dict[Any, list[str]] = {}
+    for member in members:
+        looks.setdefault(checkpoint.recipe.input_of(member), []).append(member.name)
+    if len(looks) > 1:
+        told = "; ".join(", ".join(names) for names in looks.values())
+        raise IncompatibleError(
+            f"the members expect differently prepared images ({told}); choose with --member"
+        )
+
+
+def _task(classes: int | None, names: tuple[str, ...] | None) -> str:
+    if not names:
+        return f"{classes} classes" if classes else "no classes"
+    first = ", ".join(names[:3])
+    return f"{classes} classes ({first}{', ...' if len(names) > 3 else ''})"
+
+
+class Resident:
+    """One network in memory that becomes each of a file's members in turn."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, member: str | None = None, model: nn.Module | None = None
+    ) -> None:
+        """``model``: the user's own module, for files that name no architecture. The checkpoint
+        stays in use, so its file must stay open."""
+        self.checkpoint = checkpoint
+        first = checkpoint.member(member)
+        self.model = build(checkpoint, first.name, model=model).requires_grad_(False)
+        self.member: str | None = first.name
+        self.head = _head_of(first)
+        self.changed = _regions(first)  # what differs from the shared tensors, and where
+
+    def switch(self, name: str) -> nn.Module:
+        """The network, now that member: every tensor has the bits that ``build`` would give it.
+
+        Raises FileFormatError if a payload fails its digest; the network is then no member's, and
+        the next switch writes all of it.
+        """
+        after = self.checkpoint.member(name)
+        if self.member == after.name:
+            return self.model
+        self.member = None
+        fresh = self._exchange_head(after)
+        state = self.model.state_dict(keep_vars=True)
+        before = {n: r for n, r in {**self.changed, **fresh}.items() if n in state}
+        self.changed = dict.fromkeys(state)  # until all is written
+
+        def write(one: str) -> None:
+            own, target = after.tensors.get(one), state[one].detach()
+            if own is not None and _within(before, one, _region(own)):
+                self._write_slices(target, after.name, one, own)
+            else:
+                target.copy_(to_torch(self.checkpoint.rebuild(after, one)))
+
+        for _ in in_threads(write, sorted({*before, *after.tensors})):
+            pass
+        self.member, self.changed = after.name, _regions(after)
+        return self.model
+
+    def _write_slices(self, target: torch.Tensor, owner: str, name: str, own: MemberTensor) -> None:
+        """Only what the member's slices hold: all else is as the shared entry has it already."""
+        for index, overlay in enumerate(own.overlays):
+            assert isinstance(overlay, SliceOverlay)
+            here = leading(overlay.dim, overlay.count)
+            slot, part = payload_name(owner, name, f"{index}.slice"), target[here]
+            dtype = self.checkpoint.recipe.tensors[name].dtype
+            array = read_payload(
+                self.checkpoint.payloads, slot, overlay.digest, dtype=dtype, shape=tuple(part.shape)
+            )
+            part.copy_(to_torch(RawTensor(dtype, array)))
+
+    def _exchange_head(self, after: Member) -> dict[str, Region | None]:
+        """Another member's classifier in the place of this one, if it is another module, still
+        empty; the names of its tensors."""
+        if _head_of(after) == self.head:
+            return {}
+        like = next(self.model.parameters())
+        shell, fresh = meta_module(self.checkpoint, after.name), dict[str, Region | None]()
+        for place in classifier_names(shell):
+            head = shell.get_submodule(place).to_empty(device=like.device).to(like.dtype)
+            self.model.set_submodule(place, head.eval().requires_grad_(False))
+            fresh |= {f"{place}.{leaf}": None for leaf in head.state_dict()}
+        if hasattr(shell, "num_classes"):
+            self.model.num_classes = shell.num_classes
+        self.head = _head_of(after)
+        return fresh
+
+
+def _head_of(member: Member) -> Any:
+    """What makes one classifier another module."""
+    head = member.head
+    return None if head is None else (head.kind, head.classes)
+
+
+def _region(own: MemberTensor) -> Region | None:
+    """Where a member changes a tensor; None if it may be anywhere."""
+    slices = [overlay for overlay in own.overlays if isinstance(overlay, SliceOverlay)]
+    dims = {overlay.dim for overlay in slices}
+    if len(slices) < len(own.overlays) or len(dims) != 1:
+        return None
+    return dims.pop(), max(overlay.count for overlay in slices)
+
+
+def _regions(member: Member) -> dict[str, Region | None]:
+    return {name: _region(own) for name, own in member.tensors.items()}
+
+
+def _within(before: Mapping[str, Region | None], name: str, after: Region | None) -> bool:
+    """True if nothing beyond the slice that comes next has to be undone."""
+    if after is None:
+        return False
+    if name not in before:
+        return True
+    now = before[name]
+    return now is not None and now[0] == after[0] and now[1] <= after[1]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What an ensemble says of B images with C classes, in float32 on the images' device.
+
+    probabilities: (B, C), the members' mean. entropy: (B,), of these, in nats.
+    mutual_information: (B,), entropy less the members' mean entropy, in nats: how much of it is
+    disagreement. disagreement: (B,), the share of members that choose another class.
+    members: (M, B, C), each member's probabilities.
+    """
+
+    probabilities: torch.Tensor
+    entropy: torch.Tensor
+    mutual_information: torch.Tensor
+    disagreement: torch.Tensor
+    members: torch.Tensor
+
+
+class Ensemble(nn.Module):
+    """Members of one file as one module: images (B, channels, H, W) to mean probabilities (B, C).
+
+    For inference: it stays in evaluation mode, and nothing of it takes gradients. ``engine``:
+    "switch" holds one network, which becomes each member in turn; "batched" holds the members' own
+    tensors stacked, M times as much, and runs them in one vectorised call; "auto" times both on the
+    first images of each shape and goes on with the faster. Logits are divided by a member's
+    temperature if it has one.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        members: Iterable[str] | None = None,
+        *,
+        model: nn.Module | None = None,
+        engine: Engine = "auto",
+    ) -> None:
+        """Raises UsageError for an unknown member, IncompatibleError for members of several tasks.
+        The checkpoint stays in use and is closed by ``close``."""
+        super().__init__()
+        chosen = members_named(checkpoint, members)
+        check_one_task(checkpoint, chosen)
+        self.engine, self.checkpoint = check_engine(engine), checkpoint
+        self.members = tuple(member.name for member in chosen)
+        self.temperatures = [temperature(member) for member in chosen]
+        self.resident = Resident(checkpoint, self.members[0], model)
+        self.backbone = self.resident.model  # registered, so that .to() and the like reach it
+        self.stacked: dict[str, torch.Tensor] | None = None
+        self.fastest: dict[tuple[int, ...], Engine] = {}
+
+    def train(self, mode: bool = True) -> Ensemble:
+        """Stays in evaluation mode, as members are not trained here."""
+        return super().train(False)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Ensemble:
+        self.stacked = None  # lies on the device that the module leaves
+        self.fastest = {}
+        super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
+        return self
+
+    def member(self, name: str) -> nn.Module:
+        """The network, now that member; it is the same module for all, until the next call."""
+        return self.resident.switch(name)
+
+    @torch.no_grad()
+    def logits(self, images: torch.Tensor) -> torch.Tensor:
+        """Every member's logits, by its temperature: (M, B, C), float32."""
+        engine = self.engine if self.engine != "auto" else self.faster(images)
+        found = self.batched(images) if engine == "batched" else self._switched(images)
+        scale = torch.tensor(self.temperatures, device=found.device).view(-1, 1, 1)
+        return found / scale
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Mean probabilities of the members, (B, C)."""
+        return self.logits(images).softmax(dim=-1).mean(dim=0)
+
+    def predict(self, images: torch.Tensor) -> Prediction:
+        """Mean probabilities with their uncertainty."""
+        each = self.logits(images).softmax(dim=-1)
+        mean = each.mean(dim=0)
+        entropy = _entropy(mean)
+        others = each.argmax(dim=-1) != mean.argmax(dim=-1)
+        shared = (entropy - _entropy(each).mean(dim=0)).clamp(min=0)
+        return Prediction(mean, entropy, shared, others.float().mean(dim=0), each)
+
+    def _switched(self, images: torch.Tensor) -> torch.Tensor:
+        return torch.stack([self.resident.switch(name)(images).float() for name in self.members])
+
+    def batched(self, images: torch.Tensor) -> torch.Tensor:
+        """All members' logits in one call, before any temperature: (M, B, C)."""
+        if self.stacked is None:
+            self.stacked = self._stack()
+        return self._run_stacked(self.stacked, images)
+
+    def _stack(self) -> dict[str, torch.Tensor]:
+        """The tensors that some member changes, one for each member: (M, ...)."""
+        chosen = [self.checkpoint.member(name) for name in self.members]
+        state = self.backbone.state_dict(keep_vars=True)
+        names = sorted({name for member in chosen for name in member.tensors} & set(state))
+        self.resident.switch(self.members[0])  # what none changes is then right
+        return {
+            name: torch.stack(
+                [to_torch(self.checkpoint.rebuild(member, name)) for member in chosen]
+            ).to(state[name].device, state[name].dtype)
+            for name in names
+        }
+
+    def _run_stacked(self, stacked: dict[str, torch.Tensor], images: torch.Tensor) -> torch.Tensor:
+        def one(own: dict[str, torch.Tensor]) -> torch.Tensor:
+            found: torch.Tensor = torch.func.functional_call(self.backbone, own, (images,))
+            return found
+
+        try:
+            found: torch.Tensor = torch.func.vmap(one)(stacked)
+        except (RuntimeError, ValueError, TypeError) as error:
+            raise IncompatibleError(
+                f"the network cannot run as one batched call ({reason(error)}); choose --engine "
+                "switch"
+            ) from None
+        return found.float()
+
+    def faster(self, images: torch.Tensor) -> Engine:
+        """The faster engine for images of this shape, timed once."""
+        shape = tuple(images.shape)
+        if shape not in self.fastest:
+            try:
+                batched = _seconds(lambda: self.batched(images), images.device)
+            except IncompatibleError:
+                batched = float("inf")
+            switched = _seconds(lambda: self._switched(images), images.device)
+            self.fastest[shape] = "batched" if batched < switched else "switch"
+            if "batched" not in self.fastest.values():
+                self.stacked = None
+        return self.fastest[shape]
+
+    def close(self) -> None:
+        """Close the file. The ensemble cannot be used any more."""
+        self.checkpoint.close()
+
+    def __enter__(self) -> Ensemble:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def temperature(member: Member) -> float:
+    """What the member's logits are divided by."""
+    return 1.0 if member.calibration is None else float.fromhex(member.calibration.temperature)
+
+
+def _entropy(probabilities: torch.Tensor) -> torch.Tensor:
+    """In nats, over the last dimension; 0 log 0 is 0."""
+    found: torch.Tensor = torch.special.entr(probabilities).sum(dim=-1)
+    return found
+
+
+def _seconds(work: Callable[[], object], device: torch.device) -> float:
+    """The time of a second run: the first may load, allocate or compile."""
+    for _ in range(2):
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        spent = time.perf_counter() - start
+    return spent

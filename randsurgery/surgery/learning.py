@@ -1,0 +1,78 @@
+"""Plans on modules: what a file's plan says, attached to the network that was built from it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from randsurgery.errors import IncompatibleError
+from randsurgery.format import masks
+from randsurgery.format.checkpoint import Checkpoint
+from randsurgery.format.rebuild import needed_steps, payload_name, read_mask, sentence
+from randsurgery.format.recipe import (
+    Entry,
+    Learned,
+    MaskOverlay,
+    Member,
+    RandomSource,
+    Recipe,
+    ScatterOverlay,
+    Source,
+)
+from randsurgery.format.tensors import RawTensor
+from randsurgery.surgery import slices
+from randsurgery.surgery.plans import everything
+from randsurgery.surgery.tensors import to_torch
+
+
+def learn_plan(
+    model: nn.Module, checkpoint: Checkpoint, member: str | None = None, *, seed: int | None = None
+) -> nn.Module:
+    """Attach the member's own plan to its module; without one, everything is learned. In place.
+
+    ``seed``: learned slices and whole tensors that were drawn at random begin as that seed draws
+    them.
+    """
+    who = checkpoint.member(member)
+    plan = who.plan or everything(model)
+    alive = {n: survivor_mask(checkpoint, who, n)
+             for n, p in plan.tensors.items() if p.part == "survivors"}  # fmt: skip
+    starts = {n: to_torch(_drawn(checkpoint, n, source)) for n, p in plan.tensors.items()
+              if (source := _start(checkpoint, n, p, seed)) is not None}  # fmt: skip
+    return slices.attach(model, plan, masks=alive, starts=starts)
+
+
+def _start(checkpoint: Checkpoint, name: str, part: Learned, seed: int | None) -> Source | None:
+    """What a learned part begins from, where that is not the tensor's own value."""
+    entry = checkpoint.recipe.tensors.get(name)
+    source = part.start or (None if entry is None else entry.source)
+    if seed is not None and isinstance(source, RandomSource) and part.part != "survivors":
+        return source.model_copy(update={"seed": seed})
+    return part.start
+
+
+def _drawn(checkpoint: Checkpoint, name: str, source: Source) -> RawTensor:
+    """The whole tensor as that source makes it."""
+    entry = checkpoint.recipe.tensors[name]
+    drawn = Entry(dtype=entry.dtype, shape=entry.shape, source=source)
+    recipe = Recipe(tensors={name: drawn}, bases=checkpoint.recipe.bases)
+    return replace(checkpoint, recipe=recipe).rebuild(Member(), name)
+
+
+def survivor_mask(checkpoint: Checkpoint, member: Member, name: str) -> masks.Mask:
+    """The positions that a tensor's masks keep and its scatters fill. Raises IncompatibleError if
+    the tensor has neither."""
+    found: np.ndarray[Any, np.dtype[np.bool_]] | None = None
+    _, entry, steps = sentence(checkpoint.recipe, member, name)
+    for owner, index, overlay in needed_steps(steps):
+        if isinstance(overlay, (MaskOverlay, ScatterOverlay)):
+            slot = payload_name(owner, name, f"{index}.mask")
+            bits = read_mask(checkpoint.payloads, slot, overlay, entry.size).unpack()
+            keeps = isinstance(overlay, MaskOverlay)
+            found = bits if found is None else (found & bits if keeps else found | bits)
+    if found is None:
+        raise IncompatibleError(f"{name} has no mask, so it has no survivors")
+    return masks.Mask.of(found)
