@@ -19,8 +19,8 @@ from sklearn.metrics import roc_auc_score, roc_curve
 
 from randsurgery.errors import DataError, IncompatibleError, UsageError
 from randsurgery.training import uncertainty
+from randsurgery.training.temperature import HOTTEST, fit_temperature, mean_nll
 from randsurgery.training.uncertainty import (
-    HOTTEST,
     EnsembleResult,
     EnsembleTally,
     Metrics,
@@ -30,10 +30,8 @@ from randsurgery.training.uncertainty import (
     disagreement,
     ece,
     entropy,
-    fit_temperature,
     log_loss,
     mean,
-    mean_nll,
     mutual_information,
     pairwise_disagreement,
     risk_coverage,
@@ -285,13 +283,13 @@ def test_confidence_one_shares_the_last_bin() -> None:
     assert ece(np.array([0.95, 1.0]), np.array([True, False])) == near(0.475)
 
 
-@pytest.mark.parametrize("bins", [5, 10, 15, 20])  # 3 / 10 is not np.linspace(0, 1, 11)[3]
+@pytest.mark.parametrize("bins", [5, 10, 15, 20])  # np.linspace(0, 1, 11)[3] is above 0.3
 def test_an_edge_belongs_to_the_bin_below_it(bins: int) -> None:
     right = np.array([True, False])
     for b in range(1, bins):
         below = np.array([b / bins, (b - 0.5) / bins])
         assert ece(below, right, bins) == near(abs(1 - below.sum()) / 2)
-        above = np.array([b / bins, (b + 0.5) / bins])
+        above = np.array([b / bins, np.nextafter(b / bins, 1)])
         assert ece(above, right, bins) == near((1 - above[0] + above[1]) / 2)
 
 

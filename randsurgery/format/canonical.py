@@ -44,9 +44,17 @@ def strict_json(text: str) -> Any:
             raise ValueError(f"{digits[:40]} is beyond float64")
         return value
 
+    def integer(digits: str) -> int:
+        number(digits)
+        return int(digits)
+
     try:
         return json.loads(
-            text, object_pairs_hook=pairs, parse_constant=constant, parse_float=number
+            text,
+            object_pairs_hook=pairs,
+            parse_constant=constant,
+            parse_float=number,
+            parse_int=integer,
         )
     except RecursionError:
         raise ValueError("nested too deeply") from None

@@ -263,7 +263,10 @@ def parse_recipe(text: str, name: str) -> Recipe:
         raise FileFormatError(f"{name}: the recipe is not a JSON object with format {FORMAT!r}")
     version = value.get("version")
     if type(version) is not int or version != VERSION:
-        raise FileFormatError(f"{name}: format version {version!r}, this release reads {VERSION}")
+        raise FileFormatError(
+            f"{name}: format version {version!r}, this release reads {VERSION}; read it with the "
+            "release that wrote it"
+        )
     try:
         # strict JSON mode: arrays become tuples, nothing else is converted
         return Recipe.model_validate_json(text)

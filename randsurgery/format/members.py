@@ -182,6 +182,11 @@ def _check_alike(onto: Checkpoint, other: Checkpoint) -> None:
             f"{_name(other)} is a {_told(second)}, {_name(onto)} a {_told(first)}; members share "
             "one architecture"
         )
+    if not all(m.head for r in (first, second) for m in r.members) and first.model != second.model:
+        raise IncompatibleError(
+            f"{_name(other)} is a {_told(second)}, {_name(onto)} a {_told(first)}; only members "
+            "that have a classifier may differ in classes"
+        )
     if first.backbone_id == second.backbone_id and first.backbone_id is not None:
         return
     for name in sorted({*first.tensors, *second.tensors}):

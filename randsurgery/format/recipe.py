@@ -234,7 +234,7 @@ class BaseRef(Model):
     @model_validator(mode="after")
     def _bare_name(self) -> BaseRef:
         if self.file is not None and (
-            re.search(r"[/\\:\x00-\x1f]", self.file) or ".." in self.file
+            re.search(r"[/\\:\x00-\x1f]", self.file) or ".." in self.file or self.file in ("", ".")
         ):
             raise ValueError(f"base file {self.file!r} is not a bare file name")
         return self
@@ -258,7 +258,13 @@ class Member(Model):
     dataset: DatasetSpec | None = None
     calibration: Calibration | None = None
     plan: Plan | None = None
-    provenance: dict[Text, Any] = {}
+    provenance: dict[str, Any] = {}
+
+    @model_validator(mode="after")
+    def _one_name_a_class(self) -> Member:
+        if self.head is not None and self.classes and len(self.classes) != self.head.classes:
+            raise ValueError(f"{len(self.classes)} class names, but {self.head.classes} classes")
+        return self
 
 
 class Recipe(Model):
@@ -300,6 +306,9 @@ class Recipe(Model):
             dim, count = learned.dim, learned.count
             if dim is not None and (dim >= len(shape) or (count or 0) > shape[dim]):
                 raise ValueError(f"{name}: no slice of {count} along dim {dim} to learn")
+            kinds = {overlay.kind for overlay in self.resolved(member, name).overlays}
+            if learned.part == "survivors" and not kinds & {"mask", "scatter"}:
+                raise ValueError(f"{name}: no mask says which values survive to be learned")
             if isinstance(learned.start, BaseSource) and learned.start.base not in self.bases:
                 raise ValueError(f"base {learned.start.base!r} is not declared")
 

@@ -13,7 +13,7 @@ from pydantic import (
     model_validator,
 )
 
-from randsurgery.format.fields import Count, HexFloat, Seed, Text
+from randsurgery.format.fields import Count, HexFloat, Seed, Text, Word
 
 
 class Model(BaseModel):
@@ -38,7 +38,7 @@ class ModelSpec(Model):
     """The architecture: a timm registry name and its arguments."""
 
     name: Text
-    args: dict[Text, bool | int | str | None] = {}  # floats travel as hexadecimal text
+    args: dict[Text, bool | Word | str | None] = {}  # floats travel as hexadecimal text
 
 
 class HeadSpec(Model):
@@ -55,6 +55,9 @@ class HeadSpec(Model):
     classes: Count
 
 
+CropMode = Literal["center", "squash", "border"]
+
+
 class InputSpec(Model):
     """What the network expects to see: preprocessing of an image."""
 
@@ -64,6 +67,17 @@ class InputSpec(Model):
     std: tuple[HexFloat, ...]
     interpolation: Literal["nearest", "bilinear", "bicubic"] = "bicubic"
     crop: HexFloat = (1.0).hex()  # share of the shorter side that is kept
+    crop_mode: CropMode = "center"  # timm's
+
+    @model_validator(mode="after")
+    def _in_range(self) -> InputSpec:
+        if min(*self.size, self.channels) < 1:
+            raise ValueError("an image has a height, a width and channels of 1 at least")
+        if not len(self.mean) == len(self.std) == self.channels:
+            raise ValueError(f"mean and std have {self.channels} values, one a channel")
+        if not all(float.fromhex(value) > 0 for value in (*self.std, self.crop)):
+            raise ValueError("std and crop are above 0")
+        return self
 
 
 class DatasetSpec(Model):
@@ -80,6 +94,7 @@ class Calibration(Model):
 
     temperature: HexFloat  # above 0
     dataset: Text
+    split: Text = "validation"
     share: Text  # a decimal in (0, 1]
     seed: Seed = 0
 

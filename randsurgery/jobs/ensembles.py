@@ -33,13 +33,12 @@ from randsurgery.surgery.ensembles import (
 from randsurgery.surgery.initialisers import parse_fraction
 from randsurgery.training.data import Data
 from randsurgery.training.evaluate import outputs
+from randsurgery.training.temperature import fit_temperature, mean_nll
 from randsurgery.training.uncertainty import (
     EnsembleMetrics,
     EnsembleResult,
     EnsembleTally,
     Separation,
-    fit_temperature,
-    mean_nll,
     separation,
 )
 
@@ -227,8 +226,8 @@ def _evaluated(
     """The images that no member's temperature was fitted on, by index; None for all."""
     keep = np.ones(count, dtype=bool)
     for member in members:
-        known = member.calibration
-        if known is not None and known.dataset == dataset.name and known.share != "1":
+        known, split = member.calibration, (dataset.name, dataset.test_split)
+        if known and (known.dataset, known.split) == split and known.share != "1":
             keep[calibration_images(count, known.share, known.seed)] = False
     return None if keep.all() or not keep.any() else np.flatnonzero(keep)
 
@@ -272,7 +271,11 @@ def run_calibrate(
             known = labels[used]
         best = fit_temperature(logits, known)
         about = Calibration(
-            temperature=hex_float(best), dataset=dataset.name, share=share, seed=seed
+            temperature=hex_float(best),
+            dataset=dataset.name,
+            split=dataset.test_split,
+            share=share,
+            seed=seed,
         )
         recipe = checkpoint.recipe
         for member in chosen:

@@ -248,4 +248,5 @@ def _data_config(recipe: Recipe) -> dict[str, Any]:
         "std": tuple(float.fromhex(s) for s in look.std),
         "interpolation": look.interpolation,
         "crop_pct": float.fromhex(look.crop),
+        "crop_mode": look.crop_mode,
     }

@@ -331,6 +331,7 @@ def metadata(recipe: Recipe, member: Member) -> dict[str, str]:
         found["std"] = json.dumps([float.fromhex(number) for number in look.std])
         found["interpolation"] = look.interpolation
         found["crop_pct"] = json.dumps(float.fromhex(look.crop))
+        found["crop_mode"] = look.crop_mode
     return found
 
 

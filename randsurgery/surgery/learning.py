@@ -40,23 +40,24 @@ def learn_plan(
     plan = who.plan or everything(model)
     alive = {n: survivor_mask(checkpoint, who, n)
              for n, p in plan.tensors.items() if p.part == "survivors"}  # fmt: skip
-    starts = {n: to_torch(_drawn(checkpoint, n, source)) for n, p in plan.tensors.items()
-              if (source := _start(checkpoint, n, p, seed)) is not None}  # fmt: skip
+    starts = {n: to_torch(_drawn(checkpoint, who, n, source)) for n, p in plan.tensors.items()
+              if (source := _start(checkpoint, who, n, p, seed)) is not None}  # fmt: skip
     return slices.attach(model, plan, masks=alive, starts=starts)
 
 
-def _start(checkpoint: Checkpoint, name: str, part: Learned, seed: int | None) -> Source | None:
+def _start(
+    checkpoint: Checkpoint, who: Member, name: str, part: Learned, seed: int | None
+) -> Source | None:
     """What a learned part begins from, where that is not the tensor's own value."""
-    entry = checkpoint.recipe.tensors.get(name)
-    source = part.start or (None if entry is None else entry.source)
+    source = part.start or checkpoint.recipe.resolved(who, name).source
     if seed is not None and isinstance(source, RandomSource) and part.part != "survivors":
         return source.model_copy(update={"seed": seed})
     return part.start
 
 
-def _drawn(checkpoint: Checkpoint, name: str, source: Source) -> RawTensor:
+def _drawn(checkpoint: Checkpoint, who: Member, name: str, source: Source) -> RawTensor:
     """The whole tensor as that source makes it."""
-    entry = checkpoint.recipe.tensors[name]
+    entry = checkpoint.recipe.resolved(who, name)
     drawn = Entry(dtype=entry.dtype, shape=entry.shape, source=source)
     recipe = Recipe(tensors={name: drawn}, bases=checkpoint.recipe.bases)
     return replace(checkpoint, recipe=recipe).rebuild(Member(), name)

@@ -191,6 +191,7 @@ class Streamed:
             color_jitter=None,
             interpolation=self.spec.interpolation,
             crop_pct=float.fromhex(self.spec.crop),
+            crop_mode=self.spec.crop_mode,
         )
 
     def _parts(self, dataset: Any, batch_size: int, order: Sequence[int]) -> Iterator[Part]:

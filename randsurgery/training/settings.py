@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from randsurgery.format.specs import InputSpec
+from randsurgery.format.specs import CropMode, InputSpec
 
 
 @dataclass(frozen=True)
@@ -105,6 +105,8 @@ def input_for(
     if channels != len(mean):
         mean, std = (sum(mean) / len(mean),) * channels, (sum(std) / len(std),) * channels
     crop = 1.0 if look else float(model_cfg.get("crop_pct", 0.875))
+    modes: dict[Any, CropMode] = {"squash": "squash", "border": "border"}
+    mode = modes.get(None if look else model_cfg.get("crop_mode"), "center")
     interpolation = model_cfg.get("interpolation", "bicubic")
     return InputSpec(
         size=(size, size),
@@ -113,4 +115,5 @@ def input_for(
         std=tuple(s.hex() for s in std),
         interpolation=interpolation if interpolation in ("bilinear", "bicubic") else "bicubic",
         crop=crop.hex(),
+        crop_mode=mode,
     )

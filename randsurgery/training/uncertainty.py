@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -28,7 +28,6 @@ Labels = NDArray[np.int64]
 Bools = NDArray[np.bool_]
 
 BINS = 15  # of the calibration error; Guo et al. 2017, Table 1
-HOTTEST = 20.0  # temperatures from 1 / HOTTEST to this are searched
 _ELEMENTS = 1 << 18  # of a block of rows: its temporaries stay in the cache
 
 
@@ -153,7 +152,7 @@ def top(probabilities: Floats) -> tuple[Classes, Doubles]:
     """The likeliest class (N,), of equal ones the lower, and its probability (N,): the confidence
     of Hendrycks & Gimpel 2017, the "maximum softmax probability"."""
     classes = probabilities.argmax(axis=1).astype(np.int32)
-    return classes, _chosen(probabilities, classes)
+    return classes, chosen(probabilities, classes)
 
 
 def entropy(probabilities: Floats) -> Doubles:
@@ -167,7 +166,7 @@ def entropy(probabilities: Floats) -> Doubles:
 def log_loss(probabilities: Floats, labels: Labels) -> Doubles:
     """-log p[label] of each row (N,), nats; infinite where p[label] is 0. Its mean is the NLL."""
     with np.errstate(divide="ignore"):
-        return -np.log(_chosen(probabilities, labels))
+        return -np.log(chosen(probabilities, labels))
 
 
 def brier(probabilities: Floats, labels: Labels) -> Doubles:
@@ -191,7 +190,7 @@ def disagreement(member_classes: Classes, classes: Classes) -> Doubles:
     return share
 
 
-def _chosen(probabilities: Floats, classes: NDArray[Any]) -> Doubles:
+def chosen(probabilities: Floats, classes: NDArray[Any]) -> Doubles:
     found: Doubles = probabilities[np.arange(len(classes)), classes].astype(np.float64)
     return found
 
@@ -291,7 +290,7 @@ class _Facts:
     brier: Doubles
 
 
-def _check_labels(labels: Labels, classes: int) -> None:
+def check_labels(labels: Labels, classes: int) -> None:
     highest = int(labels.max())
     if highest >= classes:
         raise DataError(
@@ -300,7 +299,7 @@ def _check_labels(labels: Labels, classes: int) -> None:
         )
 
 
-def _blocks(count: int, width: int) -> Iterator[slice]:
+def blocks(count: int, width: int) -> Iterator[slice]:
     """Slices of rows ``width`` wide, so that temporaries stay small."""
     step = max(1, _ELEMENTS // max(width, 1))
     return (slice(start, start + step) for start in range(0, count, step))
@@ -309,7 +308,7 @@ def _blocks(count: int, width: int) -> Iterator[slice]:
 def _facts(probabilities: Floats, labels: Labels, divisor: int) -> _Facts:
     """Of probabilities / divisor, which are never held as a whole."""
     found = []
-    for rows in _blocks(*probabilities.shape):
+    for rows in blocks(*probabilities.shape):
         p, known = probabilities[rows].astype(np.float64) / divisor, labels[rows] >= 0
         named = labels[rows][known]
         found.append(
@@ -376,7 +375,7 @@ class EnsembleTally:
     def _check(self, name: str, probabilities: Floats, labels: Labels) -> None:
         if not probabilities.size:
             raise DataError(f"member {name!r}: no images; give a dataset that is not empty")
-        _check_labels(labels, probabilities.shape[1])
+        check_labels(labels, probabilities.shape[1])
         if not self._members:
             return
         if name in self._members:
@@ -418,67 +417,3 @@ class EnsembleTally:
             member_classes=member_classes,
         )
         return EnsembleResult(metrics, images)
-
-
-# --- temperature ---------------------------------------------------------------------------------
-
-
-def fit_temperature(logits: Sequence[Floats] | Floats, labels: Labels) -> float:
-    """The temperature (Guo et al. 2017, Section 4.2), one for all members, at which the mean of
-    their softmax(logits / T) has the least NLL; for one member, ordinary temperature scaling.
-
-    ``logits``: M members' (N, C), as an array (M, N, C) or one by one; ``labels`` (N,), images
-    without one are left out. T is in [1/20, 20]. With several members the NLL may have more than
-    one valley, so the best of 13 temperatures, of equal ones that nearest to 1, decides which is
-    searched, to 1e-5 of T. The NLL found is never above that at T = 1.
-
-    Raises DataError if no image has a label, if a label is no class, or if a logit is not finite.
-    """
-    from scipy.optimize import minimize_scalar  # type: ignore[import-untyped]
-
-    if not (labels >= 0).any():
-        raise DataError(
-            "a temperature is fitted to labelled images, and none has a label; give a dataset with "
-            "labels"
-        )
-    _check_labels(labels, logits[0].shape[1])
-    if not all(np.isfinite(member).all() for member in logits):
-        raise DataError(
-            "a temperature is fitted to finite logits, found NaN or infinity; leave the member out"
-        )
-
-    def loss(power: float) -> float:
-        return mean_nll(logits, labels, HOTTEST**power)
-
-    tried = [i / 6 for i in range(-6, 7)]
-    losses = [loss(power) for power in tried]
-    best = min(range(13), key=lambda i: (losses[i], abs(tried[i])))
-    valley = tried[max(best - 1, 0)], tried[min(best + 1, 12)]
-    found = minimize_scalar(loss, bounds=valley, method="bounded", options={"xatol": 3e-6})
-    return float(HOTTEST ** (found.x if found.fun < losses[best] else tried[best]))
-
-
-def mean_nll(logits: Sequence[Floats] | Floats, labels: Labels, temperature: float) -> float:
-    """NLL, nats, of the mean of the members' softmax(logits / temperature); shapes as in
-    ``fit_temperature``. From logarithms, so that it is finite at every temperature; NaN if no image
-    has a label."""
-    known = np.flatnonzero(labels >= 0)
-    if not len(known):
-        return math.nan
-    losses = []
-    for part in _blocks(len(known), logits[0].shape[1]):
-        rows = known[part]
-        logs = np.stack([_log_softmax_at(m[rows], labels[rows], temperature) for m in logits])
-        highest = logs.max(axis=0)
-        losses.append(-highest - np.log(np.exp(logs - highest).mean(axis=0)))
-    return mean(np.concatenate(losses))
-
-
-def _log_softmax_at(logits: Floats, labels: Labels, temperature: float) -> Doubles:
-    """log softmax(logits / T)[label] of each row (N,)."""
-    scaled = logits.astype(np.float64)
-    scaled -= scaled.max(axis=1, keepdims=True)
-    scaled /= temperature
-    found = _chosen(scaled, labels)
-    sums: Doubles = np.exp(scaled, out=scaled).sum(axis=1)
-    return found - np.log(sums)

@@ -283,7 +283,9 @@ def ensemble_of_masks() -> Checkpoint:
 
 def look(size: int, value: float) -> InputSpec:
     third = (value.hex(),) * 3
-    return InputSpec(size=(size, size), channels=3, mean=third, std=third, crop=(0.875).hex())
+    return InputSpec(
+        size=(size, size), channels=3, mean=third, std=third, crop=(0.875).hex(), crop_mode="squash"
+    )
 
 
 def ensemble_of_tasks() -> Checkpoint:
