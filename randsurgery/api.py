@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Sequence
 
 from torch import nn
 
@@ -23,6 +25,7 @@ from randsurgery.format.recipe import Recipe
 from randsurgery.format.writing import write_checkpoint
 from randsurgery.surgery import popup, supermask
 from randsurgery.surgery.bases import open_checkpoint
+from randsurgery.surgery.ensembles import Engine, Ensemble
 from randsurgery.surgery.heads import FixedKind, with_fixed_head
 from randsurgery.surgery.learning import learn_plan
 from randsurgery.surgery.modules import build, harvest, meta_module
@@ -35,6 +38,7 @@ __all__ = [
     "Checkpoint",
     "DataError",
     "DivergedError",
+    "Ensemble",
     "FileFormatError",
     "Freeze",
     "IncompatibleError",
@@ -50,6 +54,7 @@ __all__ = [
     "freeze",
     "harvest",
     "load",
+    "load_ensemble",
     "make_recipe",
     "read_recipe",
     "save",
@@ -73,6 +78,29 @@ def load(
     """
     with open_checkpoint(path, base) as checkpoint:
         return build(checkpoint, member, model=model)
+
+
+def load_ensemble(
+    path: Path,
+    *,
+    members: Sequence[str] | None = None,
+    model: nn.Module | None = None,
+    base: Path | None = None,
+    engine: Engine = "auto",
+) -> Ensemble:
+    """The members of a file, or some of them, as one nn.Module on the CPU, in evaluation mode.
+
+    Called with images (B, channels, H, W) it gives the mean of the members' probabilities, (B, C);
+    ``predict`` adds entropy, mutual information and disagreement. The file stays open until
+    ``close``, or the end of a ``with``. ``engine``: see ``Ensemble``. ``model``, ``base``: as for
+    ``load``. Raises FileFormatError, UsageError for an unknown member, IncompatibleError for
+    members of several tasks.
+    """
+    with contextlib.ExitStack() as stack:
+        checkpoint = stack.enter_context(open_checkpoint(path, base))
+        found = Ensemble(checkpoint, members, model=model, engine=engine)
+        stack.pop_all()
+    return found
 
 
 def read_recipe(path: Path) -> Recipe:

@@ -22,7 +22,7 @@ FLOORS = (
     ("format",),
     ("surgery",),
     ("training",),
-    ("ensemble", "inspection", "jobs"),
+    ("inspection", "jobs"),
     ("api",),
     ("cli",),
     ("__main__",),

@@ -18,6 +18,7 @@ from randsurgery.cli import (
     inspect,
     popup,
     predict,
+    together,
     train,
 )
 
@@ -60,6 +61,9 @@ app.command("eval")(evaluate.evaluate)
 app.command("predict")(predict.predict)
 app.command("export")(export.export)
 app.command("convert")(convert.convert)
+ensemble.app.command("eval")(together.evaluate)
+ensemble.app.command("predict")(together.predict_)
+ensemble.app.command("calibrate")(together.calibrate)
 app.add_typer(ensemble.app, name="ensemble")
 app.add_typer(inspect.app, name="inspect")
 

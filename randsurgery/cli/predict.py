@@ -17,30 +17,35 @@ if TYPE_CHECKING:
     from randsurgery.jobs.predict import PredictPlan, Tally
 
 
+Images = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="INPUT",
+        help="Images, and folders that are searched with all below. None: a dataset's test split.",
+    ),
+]
+CsvOutput = Annotated[
+    str | None,
+    typer.Option(
+        "-o", "--output", metavar="FILE.csv", help="CSV to write; stdout without it.",
+        rich_help_panel=common.OUTPUT,
+    ),
+]  # fmt: skip
+Top = Annotated[
+    int, typer.Option(min=1, metavar="N", help="How many of the likeliest classes to list.")
+]
+Strict = Annotated[
+    bool, typer.Option("--strict", help="Stop at the first unreadable image, write nothing.")
+]
+
+
 @command
 def predict(
     file: Annotated[str, typer.Argument(metavar="FILE", help="A randsurgery file.")],
-    images: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="INPUT",
-            help="Images, and folders that are searched with all below. None: a dataset's test "
-            "split.",
-        ),
-    ] = None,
-    output: Annotated[
-        str | None,
-        typer.Option(
-            "-o", "--output", metavar="FILE.csv", help="CSV to write; stdout without it.",
-            rich_help_panel=common.OUTPUT,
-        ),
-    ] = None,
-    top: Annotated[
-        int, typer.Option(min=1, metavar="N", help="How many of the likeliest classes to list.")
-    ] = 5,
-    strict: Annotated[
-        bool, typer.Option("--strict", help="Stop at the first unreadable image, write nothing.")
-    ] = False,
+    images: Images = None,
+    output: CsvOutput = None,
+    top: Top = 5,
+    strict: Strict = False,
     member: Annotated[str | None, typer.Option(help="Which network of several.")] = None,
     base: common.BaseOption = None,
     dataset: common.Dataset = None,
@@ -55,7 +60,7 @@ def predict(
     config: common.Config = None,
     quiet: common.Quiet = False,
     verbose: common.Verbose = False,
-) -> None:  # fmt: skip
+) -> None:
     """Classes and probabilities of images, as CSV, with the preprocessing recorded in the file.
 
     Columns: path, class, probability, then class_1, probability_1 and so on
@@ -64,8 +69,7 @@ def predict(
     An image that cannot be read is named on stderr and has no line. The
     others are done, and the exit code is 5.
     """
-    if json and output is None:
-        raise UsageError("--json needs -o FILE.csv: without it the CSV goes to stdout")
+    check_json(json, output)
     from randsurgery.jobs import predict as job
     from randsurgery.jobs.inputs import DataOptions
 
@@ -84,6 +88,19 @@ def predict(
         strict=strict,
         force=force,
     )
+    work(plan, file, output, json=json)
+
+
+def check_json(json: bool, output: str | None) -> None:
+    """Raises UsageError if there is no place for both the CSV and the JSON."""
+    if json and output is None:
+        raise UsageError("--json needs -o FILE.csv: without it the CSV goes to stdout")
+
+
+def work(plan: PredictPlan, file: str, output: str | None, *, json: bool) -> None:
+    """Write the CSV, and say what came of it. Raises DataError if an image failed."""
+    from randsurgery.jobs import predict as job
+
     for line in plan.notes:
         note(line)
     common.detail(f"{len(plan.data):,} images, shown as {job.look_text(plan.data.spec)}")

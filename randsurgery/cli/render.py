@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from randsurgery.inspection.members import MembersReport
     from randsurgery.inspection.storage import StorageReport, TensorStorage
     from randsurgery.inspection.verify import VerifyReport
+    from randsurgery.jobs.ensembles import Scored
     from randsurgery.surgery.plans import LayerCount
     from randsurgery.training.loop import Hooks
 
@@ -112,6 +113,48 @@ def show_members(report: MembersReport) -> None:
     )
 
 
+def show_ensemble(found: Scored) -> None:
+    """Each member's figures and the ensemble's, and the paper's row of them."""
+    metrics, console = found.metrics, out()
+    labelled = metrics.labelled > 0
+    console.print(f"{clean(found.dataset.name)}, {metrics.images:,} test images")
+    columns = ("", "accuracy", "NLL", "Brier", "ECE", "AURC", "entropy")
+    made = table(*columns, right=tuple(range(1, 7)))
+    rows = [*metrics.members.items()]
+    for name, one in [*rows, ("ensemble", metrics.ensemble)] if len(rows) > 1 else rows:
+        figures = (one.accuracy, one.nll, one.brier, one.ece, one.aurc, one.entropy)
+        made.add_row(clean(name), *(f"{figure:.4f}" for figure in figures))
+    console.print(made)
+    pairs = [
+        ("disagreement", f"{metrics.disagreement:.4f} of the images, a pair of members"),
+        ("mutual information", f"{metrics.mutual_information:.4f} nats"),
+    ]
+    show_pairs(pairs if len(rows) > 1 else [])
+    if found.ood_dataset is not None:
+        made = table(f"against {clean(found.ood_dataset)}", "AUROC", "FPR95", right=(1, 2))
+        for name, apart in found.ood.items():
+            made.add_row(name.replace("_", " "), f"{apart.auroc:.4f}", f"{apart.fpr95:.4f}")
+        console.print(made)
+    if labelled:
+        made = table(
+            "Model Type", "No. Params", "Mean Accuracy", "Ensemble Accuracy", right=(1, 2, 3)
+        )
+        made.add_row(
+            clean(found.kind),
+            params(found.learned),
+            f"{100 * metrics.mean_accuracy:.1f}",
+            f"{100 * metrics.ensemble.accuracy:.2f}",
+        )
+        console.print(made)
+
+
+def params(count: int) -> str:
+    """A number of parameters as papers write it: 137K, 1.53M."""
+    if count >= 1_000_000:
+        return f"{count / 1e6:.2f}M"
+    return f"{count / 1e3:.0f}K" if count >= 10_000 else f"{count:,}"
+
+
 def plain(value: Any) -> str:
     """A value of a job's facts, for people."""
     return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
@@ -119,7 +162,7 @@ def plain(value: Any) -> str:
 
 def show_pairs(pairs: list[tuple[str, str]]) -> None:
     """Names and values, aligned."""
-    width = max(len(name) for name, _ in pairs)
+    width = max((len(name) for name, _ in pairs), default=0)
     for name, value in pairs:
         out().print(f"{name:<{width}}  {clean(value)}")
 
@@ -175,8 +218,9 @@ def _said(name: str, record: dict[str, Any]) -> None:
 
 
 @contextmanager
-def image_progress(images: int) -> Iterator[Callable[[], None]]:
-    """A function to call after each image; it moves a bar in a terminal, unless -q was given."""
+def image_progress(images: int | None) -> Iterator[Callable[..., None]]:
+    """A function to call after each image, or with a number of them; it moves a bar in a terminal,
+    unless -q was given. ``images``: how many there are, None if that is not known."""
     console = err()
     shown = console.is_terminal and verbosity.level >= 1
     bar = Progress(
@@ -185,4 +229,4 @@ def image_progress(images: int) -> Iterator[Callable[[], None]]:
     )  # fmt: skip
     task = bar.add_task("images", total=images)
     with bar:
-        yield lambda: bar.update(task, advance=1)
+        yield lambda count=1: bar.update(task, advance=count)

@@ -16,7 +16,7 @@ from randsurgery.errors import UsageError
 from randsurgery.format.checkpoint import Checkpoint
 from randsurgery.format.generator import permutation
 from randsurgery.format.members import members_named
-from randsurgery.format.recipe import Member
+from randsurgery.format.recipe import Learned, Member, MemberTensor, SliceOverlay
 from randsurgery.format.specs import Calibration, DatasetSpec
 from randsurgery.format.tensors import hex_float
 from randsurgery.format.writing import write_checkpoint
@@ -31,6 +31,9 @@ from randsurgery.surgery.ensembles import (
     temperature,
 )
 from randsurgery.surgery.initialisers import parse_fraction
+from randsurgery.surgery.learning import survivor_mask
+from randsurgery.surgery.modules import meta_module
+from randsurgery.surgery.plans import count_layers, learned_size
 from randsurgery.training.data import Data
 from randsurgery.training.evaluate import outputs
 from randsurgery.training.temperature import fit_temperature, mean_nll
@@ -66,14 +69,16 @@ class EvalPlan:
 @dataclass(frozen=True)
 class Scored:
     """What an evaluation found. ``left_out``: images that fitted the temperature. ``ood``: how
-    well each uncertainty tells the second dataset's images apart. ``rows``: what of the paper's
-    Table 4 there is to say."""
+    well each uncertainty tells the second dataset's images apart. ``kind``, ``learned``: what the
+    members learned and how many parameters together, as in the paper's Table 4."""
 
     dataset: DatasetSpec
     fell_back: bool  # on digits: no dataset was given or recorded
     metrics: EnsembleMetrics
     engine: str
     temperatures: dict[str, float]
+    kind: str
+    learned: int
     left_out: int = 0
     ood: dict[str, Separation] = field(default_factory=dict)
     ood_dataset: str | None = None
@@ -82,6 +87,8 @@ class Scored:
         """Plain values."""
         found: dict[str, Any] = {
             "dataset": self.dataset.name,
+            "kind": self.kind,
+            "learned": self.learned,
             "engine": self.engine,
             "left_out": self.left_out,
             "temperatures": self.temperatures,
@@ -118,10 +125,55 @@ def run_eval(plan: EvalPlan, on_batch: Callable[[int], None] | None = None) -> S
         found.metrics,
         engine,
         {member.name: temperature(member) for member in chosen},
+        kind_of(chosen),
+        sum(learned_parameters(checkpoint, member) for member in chosen),
         0 if kept is None else len(data) - len(kept),
         apart,
         None if plan.ood is None else plan.ood.dataset or "folder",
     )
+
+
+KINDS = {"fc": "FC", "share": "Share-Conv", "full": "Full", "popup": "Popup", "plan": "Plan"}
+
+
+def kind_of(members: Sequence[Member]) -> str:
+    """What the members learned, in the paper's words, if their provenance tells."""
+    told = set()
+    for member in members:
+        settings = member.provenance.get("settings")
+        settings = settings if isinstance(settings, dict) else {}
+        name = KINDS.get(str(settings.get("kind")))
+        detail = settings.get("share") or (settings.get("k") and f"k={settings['k']}")
+        told.add(f"{name}-{detail}" if name and detail else name or "Members")
+    return told.pop() if len(told) == 1 else "Members"
+
+
+def learned_parameters(checkpoint: Checkpoint, member: Member) -> int:
+    """How many parameters a member learned: what its plan names, else what it says itself of the
+    network's parameters; of a mask, one a weight."""
+    recipe = checkpoint.recipe
+    shell = meta_module(checkpoint, member.name) if recipe.model is not None else None
+    if member.plan is not None and shell is not None:
+        alive = {
+            name: survivor_mask(checkpoint, member, name).count
+            for name, part in member.plan.tensors.items()
+            if part.part == "survivors"
+        }
+        return sum(row.learned for row in count_layers(shell, member.plan, alive))
+    names = set(member.tensors) if shell is None else {n for n, _ in shell.named_parameters()}
+    return sum(
+        learned_size(_part(own), recipe.resolved(member, name).shape)
+        for name, own in member.tensors.items()
+        if name in names
+    )
+
+
+def _part(own: MemberTensor) -> Learned:
+    """The part of a tensor that a member's own words replace."""
+    last = own.added[-1] if own.added else None
+    if isinstance(last, SliceOverlay) and len(own.added) == 1:
+        return Learned(part="slice", dim=last.dim, count=last.count)
+    return Learned()
 
 
 def _opened(plan: EvalPlan) -> Checkpoint:

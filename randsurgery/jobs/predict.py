@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import os
@@ -13,16 +14,28 @@ from typing import Any
 from torch import nn
 
 from randsurgery.errors import DataError, IncompatibleError, UsageError
+from randsurgery.format.checkpoint import Checkpoint
 from randsurgery.format.container import check_not_input, check_output, write_atomically
+from randsurgery.format.members import members_named
+from randsurgery.format.recipe import Member
 from randsurgery.format.specs import InputSpec
 from randsurgery.jobs.hub import local_file
 from randsurgery.jobs.inputs import DataOptions, look_for_file, open_test_split, pick_device
 from randsurgery.surgery.bases import open_checkpoint
+from randsurgery.surgery.ensembles import Ensemble, check_engine, temperature
 from randsurgery.surgery.modules import build
 from randsurgery.training.data import Data
 from randsurgery.training.datasets import open_images
 from randsurgery.training.images import Failure, find_images
 from randsurgery.training.predict import Prediction, predict
+
+
+@dataclass(frozen=True)
+class Together:
+    """Several members that predict as one. members: None is all of the file."""
+
+    members: tuple[str, ...] | None = None
+    engine: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -33,7 +46,7 @@ class PredictPlan:
     ``output``: None if the lines go elsewhere. ``strict``: stop at the first failure.
     """
 
-    model: nn.Module
+    model: nn.Module | Ensemble
     data: Data
     dataset: str | None
     names: tuple[str, ...]
@@ -43,6 +56,7 @@ class PredictPlan:
     batch_size: int = 256
     amp: bool = False
     strict: bool = False
+    temperature: float = 1.0
 
     def path(self, index: int) -> str:
         """Where an image lies: its file, bytes that are no UTF-8 as ``\\xff``; or test/INDEX in a
@@ -79,6 +93,7 @@ def prepare(
     output: str | None,
     *,
     member: str | None = None,
+    together: Together | None = None,
     base: str | None = None,
     top: int = 5,
     batch_size: int = 256,
@@ -88,8 +103,8 @@ def prepare(
     strict: bool = False,
     force: bool = False,
 ) -> PredictPlan:
-    """Check file, images and output, and build the network. Raises RandsurgeryError; writes
-    nothing."""
+    """Check file, images and output, and build the network, or with ``together`` several. Raises
+    RandsurgeryError; writes nothing."""
     if inputs and (options.dataset is not None or options.data_dir is not None):
         raise UsageError("images and --dataset or --data-dir exclude each other; give one of them")
     target = None if output is None else check_output(output, force=force)
@@ -97,8 +112,10 @@ def prepare(
     if target is not None:
         check_not_input(target, (file, base, *paths))
     where, file = pick_device(device), local_file(file)
-    with open_checkpoint(file, base) as checkpoint:
-        who = checkpoint.member(member)
+    with contextlib.ExitStack() as stack:
+        checkpoint = stack.enter_context(open_checkpoint(file, base))
+        who, model = _network(checkpoint, member, together)
+        model = model.to(where)
         notes = []
         if inputs:
             look = look_for_file(checkpoint.recipe, who, "folder", options)
@@ -110,11 +127,28 @@ def prepare(
                 notes.append("no images given, no dataset given or recorded: using digits")
         if checkpoint.recipe.input_of(who) is None:
             notes.append(f"the file records no preprocessing: using {look_text(data.spec)}")
-        model = build(checkpoint, who.name).to(where)
-        if getattr(model, "num_classes", None) == 0:
+        plain = model.backbone if isinstance(model, Ensemble) else model
+        if getattr(plain, "num_classes", None) == 0:
             raise IncompatibleError(f"{file}: the network has no classifier, so nothing to predict")
+        if isinstance(model, Ensemble):
+            stack.pop_all()  # members are read as they are needed
     return PredictPlan(
-        model, data, dataset, who.classes or (), tuple(notes), target, top, batch_size, amp, strict
+        model, data, dataset, who.classes or (), tuple(notes), target, top, batch_size, amp, strict,
+        temperature(who),
+    )  # fmt: skip
+
+
+def _network(
+    checkpoint: Checkpoint, member: str | None, together: Together | None
+) -> tuple[Member, nn.Module | Ensemble]:
+    """What predicts, and the (first) member that says what it expects to see."""
+    if together is None:
+        who = checkpoint.member(member)
+        return who, build(checkpoint, who.name)
+    engine = check_engine(together.engine)
+    return (
+        members_named(checkpoint, together.members)[0],
+        Ensemble(checkpoint, together.members, engine=engine),
     )
 
 
@@ -151,7 +185,12 @@ def lines(
     if the plan is strict, one cannot.
     """
     for result in predict(
-        plan.model, plan.data, top=plan.top, batch_size=plan.batch_size, amp=plan.amp
+        plan.model,
+        plan.data,
+        top=plan.top,
+        batch_size=plan.batch_size,
+        amp=plan.amp,
+        temperature=plan.temperature,
     ):
         path = plan.path(result.index)
         if isinstance(result, Failure):
@@ -161,7 +200,7 @@ def lines(
             on_result(path, result.reason)
             continue
         if tally.images == 0:
-            yield _line(_header(plan, len(result.classes)))
+            yield _line(_header(plan, result))
         tally.images += 1
         on_result(path, None)
         yield _line([shown(value) for value in _row(plan, path, result)])
@@ -172,10 +211,15 @@ def lines(
         )
 
 
-def _header(plan: PredictPlan, top: int) -> list[str]:
-    ranked = [f"{what}_{rank}" for rank in range(1, top + 1) for what in ("class", "probability")]
+UNCERTAINTY = ("entropy", "mutual_information", "disagreement")
+
+
+def _header(plan: PredictPlan, first: Prediction) -> list[str]:
+    numbers = range(1, len(first.classes) + 1)
+    ranked = [f"{what}_{rank}" for rank in numbers for what in ("class", "probability")]
     label = [] if plan.dataset is None else ["label"]
-    return ["path", "class", "probability", *ranked, *label]
+    unsure = [] if first.uncertainty is None else UNCERTAINTY
+    return ["path", "class", "probability", *unsure, *ranked, *label]
 
 
 def _row(plan: PredictPlan, path: str, found: Prediction) -> list[str]:
@@ -185,7 +229,8 @@ def _row(plan: PredictPlan, path: str, found: Prediction) -> list[str]:
         for value in (plan.name(label), f"{share:.6g}")
     ]
     label = [] if plan.dataset is None else [plan.name(found.label)]
-    return [path, *ranked[:2], *ranked, *label]
+    unsure = [f"{value:.6g}" for value in found.uncertainty or ()]
+    return [path, *ranked[:2], *unsure, *ranked, *label]
 
 
 def _line(row: list[str]) -> bytes:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from randsurgery.errors import IncompatibleError
+from randsurgery.surgery.ensembles import Ensemble
 from randsurgery.training.data import Data
 from randsurgery.training.evaluate import autocast
 from randsurgery.training.images import Failure
@@ -19,18 +20,20 @@ from randsurgery.training.images import Failure
 class Prediction:
     """The likeliest classes of an image, best first, with their probabilities (softmax).
 
-    ``index``: the image's in the split. ``label``: -1 if there is none.
+    ``index``: the image's in the split. ``label``: -1 if there is none. ``uncertainty``: of an
+    ensemble, entropy and mutual information in nats, and the share of members that disagree.
     """
 
     index: int
     label: int
     classes: tuple[int, ...]
     probabilities: tuple[float, ...]
+    uncertainty: tuple[float, float, float] | None = None
 
 
 @torch.inference_mode()
 def predict(
-    model: nn.Module,
+    model: nn.Module | Ensemble,
     data: Data,
     *,
     top: int = 5,
@@ -51,23 +54,43 @@ def predict(
             if not part.indices:
                 continue
             with autocast(part.images.device, amp):
-                logits = model(part.images)
-            if logits.ndim != 2:
-                raise IncompatibleError(
-                    f"the network gives outputs of shape {list(logits.shape)}, expected "
-                    "[images, classes]"
-                )
-            logits = logits.float().cpu() / temperature
-            # shares may be equal where logits are not
-            order = logits.sort(descending=True, stable=True).indices[:, :top]
-            shares = logits.softmax(dim=1).gather(1, order)
+                order, shares, unsure = _ranked(model, part.images, temperature, top)
             rows = zip(
-                part.indices, part.labels.tolist(), order.tolist(), shares.tolist(), strict=True
-            )
-            for index, label, classes, probabilities in rows:
+                part.indices, part.labels.tolist(), order.tolist(), shares.tolist(), unsure,
+                strict=True,
+            )  # fmt: skip
+            for index, label, classes, probabilities, uncertainty in rows:
                 if math.isnan(probabilities[0]):
                     yield Failure(index, "the network's output is not a number")
                 else:
-                    yield Prediction(index, label, tuple(classes), tuple(probabilities))
+                    yield Prediction(
+                        index, label, tuple(classes), tuple(probabilities), uncertainty
+                    )
     finally:
         model.train(was_training)
+
+
+Unsure = list[tuple[float, float, float] | None]
+Ranked = tuple[torch.Tensor, torch.Tensor, Unsure]
+"""Classes and probabilities of B images, both (B, top), and each one's uncertainty, if known."""
+
+
+def _ranked(
+    model: nn.Module | Ensemble, images: torch.Tensor, temperature: float, top: int
+) -> Ranked:
+    if isinstance(model, Ensemble):
+        found = model.predict(images)
+        said = found.probabilities.float().cpu()
+        columns = (found.entropy, found.mutual_information, found.disagreement)
+        unsure: Unsure = [(h, i, d) for h, i, d in torch.stack(columns, dim=1).tolist()]
+        order = said.sort(descending=True, stable=True).indices[:, :top]
+        return order, said.gather(1, order), unsure
+    logits = model(images)
+    if logits.ndim != 2:
+        raise IncompatibleError(
+            f"the network gives outputs of shape {list(logits.shape)}, expected [images, classes]"
+        )
+    logits = logits.float().cpu() / temperature
+    # shares may be equal where logits are not
+    order = logits.sort(descending=True, stable=True).indices[:, :top]
+    return order, logits.softmax(dim=1).gather(1, order), [None] * len(logits)

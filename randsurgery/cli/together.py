@@ -1,0 +1,203 @@
+"""``randsurgery ensemble eval``, ``calibrate`` and ``predict``: members together on images."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from randsurgery.cli import common, predict
+from randsurgery.cli.common import command, note, print_json
+from randsurgery.cli.ensemble import ENSEMBLE, EngineOption, File, Into, Members
+
+if TYPE_CHECKING:
+    from randsurgery.jobs.ensembles import EvalPlan
+
+
+def _plan(
+    file: str,
+    member: list[str] | None,
+    base: str | None,
+    data: tuple[str | None, str | None, bool],
+    batch_size: int | None,
+    workers: int | None,
+    amp: bool | None,
+    device: str,
+) -> EvalPlan:
+    from randsurgery.jobs.ensembles import EvalPlan
+    from randsurgery.jobs.inputs import DataOptions
+
+    return EvalPlan(
+        file,
+        DataOptions(*data),
+        tuple(member) if member else None,
+        base,
+        batch_size=batch_size or 256,
+        workers=workers or 0,
+        amp=bool(amp),
+        device=device,
+    )
+
+
+@command
+def evaluate(
+    file: File,
+    member: Members = None,
+    base: common.BaseOption = None,
+    dataset: common.Dataset = None,
+    data_dir: common.DataDir = None,
+    dataset_download: common.Download = False,
+    ood: Annotated[
+        str | None,
+        typer.Option(
+            help="A dataset of other things: how well uncertainty tells its images apart.",
+            rich_help_panel=common.DATA,
+        ),
+    ] = None,
+    ood_dir: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Where it lies; alone, a folder of images.",
+            rich_help_panel=common.DATA,
+        ),
+    ] = None,
+    batch_size: common.BatchSize = None,
+    workers: common.Workers = None,
+    engine: EngineOption = "auto",
+    amp: common.Amp = None,
+    device: common.Device = "auto",
+    json: common.Json = False,
+    config: common.Config = None,
+    quiet: common.Quiet = False,
+    verbose: common.Verbose = False,
+) -> None:
+    """Accuracy, calibration and uncertainty of the members' mean, and of each member.
+
+    One network is held in memory and becomes each member in turn.
+    """  # fmt: skip
+    from dataclasses import replace
+
+    from randsurgery.cli import render
+    from randsurgery.jobs.ensembles import run_eval
+    from randsurgery.jobs.inputs import DataOptions
+
+    data = (dataset, data_dir, dataset_download)
+    plan = _plan(file, member, base, data, batch_size, workers, amp, device)
+    far = DataOptions(ood, ood_dir, dataset_download) if ood or ood_dir else None
+    plan = replace(plan, engine=engine, ood=far)
+    with render.image_progress(None) as advance:
+        found = run_eval(plan, advance)
+    if found.fell_back:
+        note("no dataset given or recorded: evaluating on digits")
+    if found.left_out:
+        note(f"left out: {found.left_out:,} images that a temperature was fitted on")
+    if json:
+        print_json({"file": file, **found.to_json()})
+    else:
+        render.show_ensemble(found)
+
+
+@command
+def calibrate(
+    file: File,
+    member: Members = None,
+    share: Annotated[
+        str,
+        typer.Option(
+            help="The part of the test split to fit on; eval then leaves it out.",
+            rich_help_panel=ENSEMBLE,
+        ),
+    ] = "0.2",
+    seed: Annotated[int, typer.Option(min=0, help="Which images.", rich_help_panel=ENSEMBLE)] = 0,
+    base: common.BaseOption = None,
+    dataset: common.Dataset = None,
+    data_dir: common.DataDir = None,
+    dataset_download: common.Download = False,
+    batch_size: common.BatchSize = None,
+    workers: common.Workers = None,
+    amp: common.Amp = None,
+    device: common.Device = "auto",
+    output: Into = None,
+    force: common.Force = False,
+    json: common.Json = False,
+    config: common.Config = None,
+    quiet: common.Quiet = False,
+    verbose: common.Verbose = False,
+) -> None:
+    """Fit one temperature to the members' mean, and write it into the file (Guo et al., 2017).
+
+    FILE itself is changed, whole or not at all, unless --output is given.
+    """  # fmt: skip
+    from dataclasses import asdict
+
+    from randsurgery.cli import render
+    from randsurgery.jobs.ensembles import run_calibrate
+
+    data = (dataset, data_dir, dataset_download)
+    plan = _plan(file, member, base, data, batch_size, workers, amp, device)
+    with render.image_progress(None) as advance:
+        found = run_calibrate(
+            plan, share=share, seed=seed, output=output, force=force, on_batch=advance
+        )
+    if json:
+        print_json({**asdict(found), "path": str(found.path)})
+        return
+    rows = [
+        ("temperature", f"{found.temperature:.4f}"),
+        ("fitted on", f"{found.images:,} test images"),
+        ("NLL there", f"{found.before:.4f} before, {found.after:.4f} after"),
+    ]
+    render.show_pairs(rows)
+    note(f"written and verified: {found.path}")
+
+
+@command
+def predict_(
+    file: File,
+    images: predict.Images = None,
+    output: predict.CsvOutput = None,
+    top: predict.Top = 5,
+    strict: predict.Strict = False,
+    member: Members = None,
+    engine: EngineOption = "auto",
+    base: common.BaseOption = None,
+    dataset: common.Dataset = None,
+    data_dir: common.DataDir = None,
+    dataset_download: common.Download = False,
+    batch_size: common.BatchSize = None,
+    workers: common.Workers = None,
+    amp: common.Amp = None,
+    device: common.Device = "auto",
+    force: common.Force = False,
+    json: common.Json = False,
+    config: common.Config = None,
+    quiet: common.Quiet = False,
+    verbose: common.Verbose = False,
+) -> None:
+    """Mean probabilities of images and how uncertain they are, as CSV.
+
+    Columns: path, class, probability, entropy and mutual_information (nats), disagreement (share of
+    members that say another class), then class_1, probability_1 and so on; for a dataset's images,
+    label.
+    """
+    from randsurgery.jobs import predict as job
+    from randsurgery.jobs.inputs import DataOptions
+
+    predict.check_json(json, output)
+    plan = job.prepare(
+        file,
+        images or [],
+        DataOptions(dataset, data_dir, dataset_download),
+        output,
+        together=job.Together(tuple(member) if member else None, engine),
+        base=base,
+        top=top,
+        batch_size=batch_size or 256,
+        workers=workers or 0,
+        amp=bool(amp),
+        device=device,
+        strict=strict,
+        force=force,
+    )
+    predict.work(plan, file, output, json=json)
