@@ -134,6 +134,7 @@ def test_commands_do_not_import_each_other() -> None:
         "cli.app",
         "cli.common",
         "cli.options",
+        "cli.predicting",
         "cli.render",
         "cli.running",
     }

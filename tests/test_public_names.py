@@ -12,10 +12,10 @@ import randsurgery as rs
 from randsurgery import api
 
 PUBLIC = [
-    "Checkpoint", "DataError", "DivergedError", "FileFormatError", "Freeze", "IncompatibleError",
-    "OutputError", "Popup", "RandsurgeryError", "Recipe", "Supermask", "UsageError", "__version__",
-    "attach", "build", "fix_head", "freeze", "harvest", "load", "make_recipe", "read_recipe",
-    "save",
+    "Checkpoint", "DataError", "DivergedError", "Ensemble", "FileFormatError", "Freeze",
+    "IncompatibleError", "OutputError", "Popup", "RandsurgeryError", "Recipe", "Supermask",
+    "UsageError", "__version__", "attach", "build", "fix_head", "freeze", "harvest", "load",
+    "load_ensemble", "make_recipe", "read_recipe", "save",
 ]  # fmt: skip
 
 

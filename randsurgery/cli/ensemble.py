@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from randsurgery.cli import common
+from randsurgery.cli import common, options
 from randsurgery.cli.common import command, note, print_json
 from randsurgery.cli.options import RunOptions, plan_of, takes_run_options
 
@@ -16,31 +16,6 @@ if TYPE_CHECKING:
 app = typer.Typer(
     help="Cheap ensembles: members that share one backbone, in one file.", no_args_is_help=True
 )
-
-ENSEMBLE = "Ensemble"
-File = Annotated[str, typer.Argument(metavar="FILE", help="An ensemble: a randsurgery file.")]
-Names = Annotated[
-    list[str] | None,
-    typer.Option("--name", help="A member's name, in order; repeatable.", rich_help_panel=ENSEMBLE),
-]
-Members = Annotated[
-    list[str] | None,
-    typer.Option("--member", help="Only this member; repeatable.", rich_help_panel=ENSEMBLE),
-]
-EngineOption = Annotated[
-    str,
-    typer.Option(
-        help="switch: one network becomes each member in turn; batched: all in one call; auto.",
-        rich_help_panel=common.TRAINING,
-    ),
-]
-Into = Annotated[
-    str | None,
-    typer.Option(
-        "-o", "--output", metavar="FILE", help="Write here, not into FILE itself.",
-        rich_help_panel=common.OUTPUT,
-    ),
-]  # fmt: skip
 
 
 @app.command("build")
@@ -57,14 +32,14 @@ def build(
     ],
     members: Annotated[
         int | None,
-        typer.Option("--members", help="Train so many members.", rich_help_panel=ENSEMBLE),
+        typer.Option("--members", help="Train so many members.", rich_help_panel=options.ENSEMBLE),
     ] = None,
     kind: Annotated[
         str | None,
         typer.Option(
             help="What each member learns: fc (classifier and norms), share (a slice of every "
             "layer), full, popup (a mask). A plan says it itself.",
-            rich_help_panel=ENSEMBLE,
+            rich_help_panel=options.ENSEMBLE,
         ),
     ] = None,
     share: Annotated[
@@ -72,7 +47,7 @@ def build(
         typer.Option(
             help="share: the part of each layer's filters that all members have alike, such as "
             "0.9.",
-            rich_help_panel=ENSEMBLE,
+            rich_help_panel=options.ENSEMBLE,
         ),
     ] = None,
     k: Annotated[
@@ -80,7 +55,7 @@ def build(
         typer.Option(
             "--k",
             help="popup: the part of the weights that a mask keeps; default 0.3.",
-            rich_help_panel=ENSEMBLE,
+            rich_help_panel=options.ENSEMBLE,
         ),
     ] = None,
     warmup_epochs: Annotated[
@@ -89,18 +64,18 @@ def build(
             min=0,
             help="Epochs that train everything first, as the start that members share (not the "
             "learning rate's warm-up).",
-            rich_help_panel=ENSEMBLE,
+            rich_help_panel=options.ENSEMBLE,
         ),
     ] = 0,
     reinit: Annotated[
         bool,
         typer.Option(
             "--reinit",
-            help="Members start from weights of their own seeds in what they learn.",
-            rich_help_panel=ENSEMBLE,
+            help="options.Members start from weights of their own seeds in what they learn.",
+            rich_help_panel=options.ENSEMBLE,
         ),
     ] = False,
-    name: Names = None,
+    name: options.Names = None,
     arch: Annotated[
         str | None,
         typer.Option(
@@ -221,7 +196,7 @@ def _show(path: str, json: bool, more: dict[str, Any]) -> None:
 @app.command("add")
 @command
 def add(
-    file: File,
+    file: options.File,
     files: Annotated[
         list[str],
         typer.Argument(
@@ -230,9 +205,9 @@ def add(
             "dense checkpoints fine-tuned from it.",
         ),
     ],
-    name: Names = None,
+    name: options.Names = None,
     base: common.BaseOption = None,
-    output: Into = None,
+    output: options.Into = None,
     force: common.Force = False,
     dry_run: common.DryRun = False,
     json: common.Json = False,
@@ -253,10 +228,10 @@ def add(
 @app.command("remove")
 @command
 def remove(
-    file: File,
+    file: options.File,
     members: Annotated[list[str], typer.Argument(metavar="NAME...", help="The members that go.")],
     base: common.BaseOption = None,
-    output: Into = None,
+    output: options.Into = None,
     force: common.Force = False,
     dry_run: common.DryRun = False,
     json: common.Json = False,
@@ -277,7 +252,7 @@ def remove(
 @app.command("extract")
 @command
 def extract(
-    file: File,
+    file: options.File,
     member: Annotated[str, typer.Argument(metavar="NAME", help="The member to take out.")],
     base: common.BaseOption = None,
     output: common.Output = None,
@@ -298,7 +273,7 @@ def extract(
 @app.command("list")
 @command
 def list_(
-    file: File,
+    file: options.File,
     plot: Annotated[
         str | None,
         typer.Option(

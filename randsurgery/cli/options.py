@@ -237,3 +237,31 @@ def head_of(kind: str | None, scale: float | None) -> tuple[Any, float | None]:
     if kind is None and scale is not None:
         raise UsageError("--head-scale goes with --head orthonormal or hadamard")
     return (None if kind is None else check_fixed_kind(kind)), scale
+
+
+# --- of ensembles ---------------------------------------------------------------------------------
+
+ENSEMBLE = "Ensemble"
+File = Annotated[str, typer.Argument(metavar="FILE", help="An ensemble: a randsurgery file.")]
+Names = Annotated[
+    list[str] | None,
+    typer.Option("--name", help="A member's name, in order; repeatable.", rich_help_panel=ENSEMBLE),
+]
+Members = Annotated[
+    list[str] | None,
+    typer.Option("--member", help="Only this member; repeatable.", rich_help_panel=ENSEMBLE),
+]
+EngineOption = Annotated[
+    str,
+    typer.Option(
+        help="switch: one network becomes each member in turn; batched: all in one call; auto.",
+        rich_help_panel=TRAINING,
+    ),
+]
+Into = Annotated[
+    str | None,
+    typer.Option(
+        "-o", "--output", metavar="FILE", help="Write here, not into FILE itself.",
+        rich_help_panel=OUTPUT,
+    ),
+]  # fmt: skip

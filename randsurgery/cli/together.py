@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from randsurgery.cli import common, predict
+from randsurgery.cli import common, predicting
 from randsurgery.cli.common import command, note, print_json
-from randsurgery.cli.ensemble import ENSEMBLE, EngineOption, File, Into, Members
+from randsurgery.cli.options import ENSEMBLE, EngineOption, File, Into, Members
 
 if TYPE_CHECKING:
     from randsurgery.jobs.ensembles import EvalPlan
@@ -153,12 +153,12 @@ def calibrate(
 
 
 @command
-def predict_(
+def predict(
     file: File,
-    images: predict.Images = None,
-    output: predict.CsvOutput = None,
-    top: predict.Top = 5,
-    strict: predict.Strict = False,
+    images: predicting.Images = None,
+    output: predicting.CsvOutput = None,
+    top: predicting.Top = 5,
+    strict: predicting.Strict = False,
     member: Members = None,
     engine: EngineOption = "auto",
     base: common.BaseOption = None,
@@ -184,7 +184,7 @@ def predict_(
     from randsurgery.jobs import predict as job
     from randsurgery.jobs.inputs import DataOptions
 
-    predict.check_json(json, output)
+    predicting.check_json(json, output)
     plan = job.prepare(
         file,
         images or [],
@@ -200,4 +200,4 @@ def predict_(
         strict=strict,
         force=force,
     )
-    predict.work(plan, file, output, json=json)
+    predicting.work(plan, file, output, json=json)
