@@ -71,7 +71,7 @@ def build(
         bool,
         typer.Option(
             "--reinit",
-            help="options.Members start from weights of their own seeds in what they learn.",
+            help="Members start from weights of their own seeds in what they learn.",
             rich_help_panel=options.ENSEMBLE,
         ),
     ] = False,

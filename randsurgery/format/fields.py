@@ -36,7 +36,8 @@ def check_tensor_name(name: str, *, limit: int = MAX_NAME) -> str:
     return name
 
 
-def _checked_member_name(name: str) -> str:
+def check_member_name(name: str) -> str:
+    """A name that is no path and no other owner's. Raises ValueError."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name) or name == SHARED or ".." in name:
         raise ValueError(
             f"{name!r} is not a member name: letters, digits, '.', '_', '-', not 'shared'"
@@ -46,7 +47,7 @@ def _checked_member_name(name: str) -> str:
 
 HexFloat = Annotated[str, AfterValidator(_checked_hex)]
 TensorName = Annotated[str, AfterValidator(check_tensor_name)]
-MemberName = Annotated[str, AfterValidator(_checked_member_name)]
+MemberName = Annotated[str, AfterValidator(check_member_name)]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Count = Annotated[int, Field(ge=0, lt=2**48)]

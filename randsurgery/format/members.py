@@ -19,7 +19,7 @@ from randsurgery.format.checkpoint import (
     payload_names,
 )
 from randsurgery.format.container import Container
-from randsurgery.format.fields import SHARED
+from randsurgery.format.fields import SHARED, check_member_name
 from randsurgery.format.rebuild import Payloads, payload_name, read_payload, split_payload_name
 from randsurgery.format.recipe import (
     BaseRef,
@@ -62,10 +62,13 @@ def _with_payloads(
     """The checkpoint with that recipe and what it needs of the payloads; who closes it closes the
     file it came from."""
     needed = {name: places[name] for name in payload_names(recipe)}
-    opened = checkpoint.opened
-    if isinstance(checkpoint.payloads, Container):
-        opened = (*opened, checkpoint.payloads)
-    return replace(checkpoint, recipe=recipe, payloads=Moved(needed), opened=opened)
+    return replace(checkpoint, recipe=recipe, payloads=Moved(needed), opened=_files(checkpoint))
+
+
+def _files(checkpoint: Checkpoint) -> tuple[Container, ...]:
+    """The files that closing it closes."""
+    own = checkpoint.payloads
+    return (*checkpoint.opened, *([own] if isinstance(own, Container) else []))
 
 
 def members_named(checkpoint: Checkpoint, names: Iterable[str] | None) -> list[Member]:
@@ -88,28 +91,32 @@ def pick(checkpoint: Checkpoint, names: Collection[str]) -> Checkpoint:
 
 
 def renamed(checkpoint: Checkpoint, names: Mapping[str, str]) -> Checkpoint:
-    """Members under new names, by their old ones. Raises UsageError if two would share one."""
+    """Members under new names, by their old ones. Raises UsageError for what is no name of a
+    member's, or if two would share one."""
     fresh = [names.get(member.name, member.name) for member in checkpoint.recipe.members]
-    check_unique(fresh)
+    check_names(fresh)
     renames = {
         old: payload_name(names[owner], tensor, slot)
         for old in payload_names(checkpoint.recipe)
         for owner, tensor, slot in [split_payload_name(old)]
         if owner != SHARED and owner in names
     }
-    # validated anew: the names come from outside
     members = tuple(
-        Member.model_validate({**dict(member), "name": name})
+        member.model_copy(update={"name": name})
         for member, name in zip(checkpoint.recipe.members, fresh, strict=True)
     )
     recipe = checkpoint.recipe.model_copy(update={"members": members})
     return _with_payloads(checkpoint, recipe, _places(checkpoint, renames))
 
 
-def check_unique(names: Collection[str]) -> None:
-    """Raises UsageError naming what occurs twice."""
+def check_names(names: Collection[str]) -> None:
+    """Raises UsageError naming what is no name of a member's, or occurs twice."""
     seen: set[str] = set()
     for name in names:
+        try:
+            check_member_name(name)
+        except ValueError as error:
+            raise UsageError(f"{error}; give another with --name") from None
         if name in seen:
             raise UsageError(f"two members would bear the name {name!r}; give others with --name")
         seen.add(name)
@@ -156,13 +163,14 @@ def _owned(
 
 
 def graft(onto: Checkpoint, other: Checkpoint) -> Checkpoint:
-    """``onto`` with the members of ``other``, all in order of their names.
+    """``onto`` with the members of ``other``, all in order of their names; who closes it closes the
+    files of both.
 
     Both have recorded digests, as files have. Raises IncompatibleError for another architecture,
     seed or backbone, naming both; UsageError if two members would share a name.
     """
     _check_alike(onto, other)
-    check_unique([member.name for c in (onto, other) for member in c.recipe.members])
+    check_names([member.name for c in (onto, other) for member in c.recipe.members])
     bases, keys = _joined_bases(onto.recipe, other.recipe)
     grafted = [_rebased(_with_input(onto.recipe, other.recipe, m), keys)
                for m in other.recipe.members]  # fmt: skip
@@ -171,7 +179,7 @@ def graft(onto: Checkpoint, other: Checkpoint) -> Checkpoint:
     places = {**_places(other, {}), **_places(onto, {})}
     made = _with_payloads(onto, recipe, places)
     tensors = {keys[key]: tensors for key, tensors in other.bases.items()} | dict(onto.bases)
-    return replace(made, bases=tensors)
+    return replace(made, bases=tensors, opened=(*made.opened, *_files(other)))
 
 
 def _check_alike(onto: Checkpoint, other: Checkpoint) -> None:
@@ -256,6 +264,8 @@ def _joined_bases(onto: Recipe, other: Recipe) -> tuple[dict[str, BaseRef], dict
 
 def _with_input(onto: Recipe, other: Recipe, member: Member) -> Member:
     """The member with what it expects to see, if that is not what the file says of all."""
+    if onto.input == other.input:
+        return member
     look = other.input_of(member)
     return member.model_copy(update={"input": None if look == onto.input else look})
 

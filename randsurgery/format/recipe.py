@@ -160,12 +160,19 @@ class Entry(Model):
     shape: Shape
     source: Source
     overlays: tuple[Overlay, ...] = ()
-    digest: Digest | None = None  # absent only in memory, before the file is written
+    digest: Digest | None = None  # absent in memory, and where one payload holds the tensor
 
     @property
     def size(self) -> int:
         """The number of elements."""
         return element_count(self.shape)
+
+    @property
+    def in_one_payload(self) -> bool:
+        """True if one payload holds the whole finished tensor, so that its digest says it all."""
+        if self.overlays:
+            return isinstance(self.overlays[-1], ReplaceOverlay)
+        return isinstance(self.source, StoredSource)
 
 
 class MemberTensor(Model):
@@ -179,6 +186,13 @@ class MemberTensor(Model):
     def added(self) -> tuple[Overlay, ...]:
         """The member's own overlays, wherever they stand."""
         return self.overlays if self.entry is None else self.entry.overlays
+
+    @property
+    def in_one_payload(self) -> bool:
+        """As of an entry."""
+        if self.entry is not None:
+            return self.entry.in_one_payload
+        return isinstance(self.overlays[-1], ReplaceOverlay)
 
     def with_added(self, overlays: tuple[Overlay, ...]) -> MemberTensor:
         """The same with other overlays of the member's own; the finished digest is left out."""

@@ -20,7 +20,7 @@ from torch import nn
 from randsurgery.errors import IncompatibleError, OutputError, UsageError
 from randsurgery.format.checkpoint import Checkpoint, read_checkpoint
 from randsurgery.format.container import write_atomically
-from randsurgery.format.members import check_unique, renamed
+from randsurgery.format.members import check_names, renamed
 from randsurgery.format.recipe import Plan, RandomSource
 from randsurgery.format.writing import write_checkpoint
 from randsurgery.jobs import runs
@@ -87,7 +87,7 @@ class BuildPlan:
             raise UsageError("--reinit goes with learned weights; --kind popup learns masks")
         if self.names and len(self.names) != self.members:
             raise UsageError(f"{self.members} members, but {len(self.names)} names (--name)")
-        check_unique(self.member_names)
+        check_names(self.member_names)
 
     @property
     def member_names(self) -> tuple[str, ...]:

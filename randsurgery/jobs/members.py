@@ -16,7 +16,7 @@ from randsurgery.errors import FileFormatError, IncompatibleError, UsageError
 from randsurgery.format.checkpoint import Checkpoint, is_safetensors, read_checkpoint
 from randsurgery.format.container import check_network, check_not_input
 from randsurgery.format.fields import SHARED
-from randsurgery.format.members import check_unique, fault_of, pick, renamed
+from randsurgery.format.members import check_names, fault_of, pick, renamed
 from randsurgery.format.specs import ModelSpec
 from randsurgery.format.writing import finish, write_checkpoint
 from randsurgery.jobs.convert import ConvertPlan, converted
@@ -182,7 +182,7 @@ def _opened(incoming: Incoming, target: Path, stack: contextlib.ExitStack) -> li
     if incoming.names and len(incoming.names) != len(names):
         raise UsageError(f"{len(names)} members, but {len(incoming.names)} names (--name)")
     fresh = list(incoming.names or names)
-    check_unique(fresh)
+    check_names(fresh)
     found = []
     for part in parts:
         old = [member.name for member in part.recipe.members]

@@ -22,9 +22,9 @@ from randsurgery.format.members import graft, members_named, with_own
 from randsurgery.format.rebuild import payload_name, read_payload
 from randsurgery.format.recipe import Member, MemberTensor, SliceOverlay
 from randsurgery.format.tensors import RawTensor
-from randsurgery.surgery.architectures import classifier_names
+from randsurgery.surgery.architectures import build_meta, classifier_names
 from randsurgery.surgery.heads import last_layers
-from randsurgery.surgery.modules import build, meta_module
+from randsurgery.surgery.modules import build, check_fit, meta_module
 from randsurgery.surgery.sentences import leading
 from randsurgery.surgery.tensors import to_torch
 
@@ -58,8 +58,9 @@ def _classifier_tensors(checkpoint: Checkpoint) -> set[str]:
     recipe = checkpoint.recipe
     places: set[str] = set()
     for member in recipe.members:
-        if recipe.model is not None and member.head is not None:
-            places |= set(last_layers(meta_module(checkpoint, member.name)))
+        spec = recipe.model_of(member)
+        if spec is not None and member.head is not None:
+            places |= set(last_layers(build_meta(spec)))  # without a fixed one in its place
     prefixes = tuple(f"{place}." for place in places)
     return {name for name in recipe.tensors if name.startswith(prefixes)} if prefixes else set()
 
@@ -108,12 +109,13 @@ class Resident:
         self.member: str | None = first.name
         self.head = _head_of(first)
         self.changed = _regions(first)  # what differs from the shared tensors, and where
+        self.fitting = {first.name}  # members whose tensors are known to be the network's
 
     def switch(self, name: str) -> nn.Module:
         """The network, now that member: every tensor has the bits that ``build`` would give it.
 
-        Raises FileFormatError if a payload fails its digest; the network is then no member's, and
-        the next switch writes all of it.
+        Raises FileFormatError if a payload fails its digest, IncompatibleError if a tensor does not
+        fit; the network is then no member's, and the next switch writes all of it.
         """
         after = self.checkpoint.member(name)
         if self.member == after.name:
@@ -123,10 +125,13 @@ class Resident:
         state = self.model.state_dict(keep_vars=True)
         before = {n: r for n, r in {**self.changed, **fresh}.items() if n in state}
         self.changed = dict.fromkeys(state)  # until all is written
+        if after.name not in self.fitting:
+            check_fit(self.checkpoint.recipe, after, self.model, "the network")
+            self.fitting.add(after.name)
 
         def write(one: str) -> None:
             own, target = after.tensors.get(one), state[one].detach()
-            if own is not None and _within(before, one, _region(own)):
+            if own is not None and _within(before, one, _region(own), target):
                 self._write_slices(target, after.name, one, own)
             else:
                 target.copy_(to_torch(self.checkpoint.rebuild(after, one)))
@@ -184,9 +189,11 @@ def _regions(member: Member) -> dict[str, Region | None]:
     return {name: _region(own) for name, own in member.tensors.items()}
 
 
-def _within(before: Mapping[str, Region | None], name: str, after: Region | None) -> bool:
-    """True if nothing beyond the slice that comes next has to be undone."""
-    if after is None:
+def _within(
+    before: Mapping[str, Region | None], name: str, after: Region | None, target: torch.Tensor
+) -> bool:
+    """True if nothing beyond the slice that comes next, which the tensor has, is to be undone."""
+    if after is None or after[0] >= target.dim() or after[1] > target.shape[after[0]]:
         return False
     if name not in before:
         return True
@@ -282,6 +289,8 @@ class Ensemble(nn.Module):
 
     def batched(self, images: torch.Tensor) -> torch.Tensor:
         """All members' logits in one call, before any temperature: (M, B, C)."""
+        if self.resident.member not in self.members:
+            self.resident.switch(self.members[0])  # what none of them changes is then right
         if self.stacked is None:
             self.stacked = self._stack()
         return self._run_stacked(self.stacked, images)
@@ -289,9 +298,13 @@ class Ensemble(nn.Module):
     def _stack(self) -> dict[str, torch.Tensor]:
         """The tensors that some member changes, one for each member: (M, ...)."""
         chosen = [self.checkpoint.member(name) for name in self.members]
+        if len({_head_of(member) for member in chosen}) > 1:
+            raise IncompatibleError(
+                "the members' classifiers are of different kinds, so they cannot run as one "
+                "batched call; choose --engine switch"
+            )
         state = self.backbone.state_dict(keep_vars=True)
         names = sorted({name for member in chosen for name in member.tensors} & set(state))
-        self.resident.switch(self.members[0])  # what none changes is then right
         return {
             name: torch.stack(
                 [to_torch(self.checkpoint.rebuild(member, name)) for member in chosen]
