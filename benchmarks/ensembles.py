@@ -13,7 +13,6 @@ random images, which have the sizes and the entropy of trained ones.
 from __future__ import annotations
 
 import math
-import resource
 import subprocess
 import sys
 import tempfile
@@ -149,7 +148,9 @@ def measure_memory(folder: Path) -> None:
 def one_evaluation(path: str) -> None:
     """Evaluate a file, and say this process's peak memory in MB."""
     run_eval(EvalPlan(path, DataOptions("digits"), device="cpu"))
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000)
+    # not getrusage: its peak counts the process that started this one
+    status = Path("/proc/self/status").read_text()
+    print(int(status.partition("VmHWM:")[2].split()[0]) / 1000)
 
 
 # --- time ----------------------------------------------------------------------------------------
@@ -163,7 +164,7 @@ def measure_switch(folder: Path, rounds: int, device: torch.device) -> None:
             path = folder / f"{arch}-{kind}.safetensors"
             make_file(path, arch, kind, 2, 224)
             with read_checkpoint(path) as checkpoint:
-                timings = in_turn(_switch_or_forward(Resident(checkpoint), device), rounds)
+                timings = in_turn(_switch_or_forward(Resident(checkpoint, "m00"), device), rounds)
             ratios[f"{arch} {kind}"] = timings.ratio("switch", "forward")
             note(f"{arch} {kind}: {timings.medians()}")
     report(ratios=ratios)
