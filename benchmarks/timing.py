@@ -43,7 +43,12 @@ class Timings:
         return {name: [min(times), max(times)] for name, times in self.seconds.items()}
 
 
-def in_turn(actions: Mapping[str, Action], rounds: int, warm_up: int = 1) -> Timings:
+def in_turn(
+    actions: Mapping[str, Action],
+    rounds: int,
+    warm_up: int = 1,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Timings:
     """Time A B C A B C ...: ``warm_up`` rounds that do not count, then ``rounds`` that do.
 
     What an action returns is dropped, and garbage collected, outside the time measured.
@@ -52,9 +57,9 @@ def in_turn(actions: Mapping[str, Action], rounds: int, warm_up: int = 1) -> Tim
     for turn in range(warm_up + rounds):
         for name, action in actions.items():
             gc.collect()
-            start = time.perf_counter()
+            start = clock()
             result = action()
-            spent = time.perf_counter() - start
+            spent = clock() - start
             del result
             if turn >= warm_up:
                 seconds[name].append(spent)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -25,7 +26,7 @@ def build(
     sources: Annotated[
         list[str],
         typer.Argument(
-            metavar="SOURCE...",
+            metavar="SOURCE",
             help="With --members: an architecture, a plan or a file to start from. Without: "
             "files, whose members are packed into one.",
         ),
@@ -93,11 +94,11 @@ def build(
     *,
     run: RunOptions,
 ) -> None:
-    """Train N members that share one backbone (Rosenfeld & Tsotsos, Section 4.3), or pack files
-    that do.
+    """Train N members that share one backbone, or pack files that share one.
 
-    Member i trains with the seed --seed + i: its own order, augmentation, scores.
-    """  # fmt: skip
+    As in Section 4.3 of Rosenfeld & Tsotsos. Member i, from 0 on, trains with
+    the seed --seed + i: an order, augmentation and scores of its own.
+    """
     from dataclasses import replace
 
     from randsurgery.errors import UsageError
@@ -106,7 +107,7 @@ def build(
     if members is None:
         told = {"--kind": kind, "--share": share, "--k": k, "--warmup-epochs": warmup_epochs,
                 "--reinit": reinit, "--resume": resume}  # fmt: skip
-        if given := [option for option, value in told.items() if value]:
+        if given := [option for option, value in told.items() if value] + _of_training(run):
             raise UsageError(f"{given[0]} goes with --members N, which trains; files are packed")
         _pack(sources, name, arch, run)
         return
@@ -141,13 +142,24 @@ def _train(plan: Any, run: RunOptions) -> None:
     note(f"written and verified: {built.path}")
 
 
+_PACKING = ("base", "width", "model_kwargs", "output", "force", "dry_run", "json", "config",
+            "quiet", "verbose")  # fmt: skip
+
+
+def _of_training(run: RunOptions) -> list[str]:
+    """The options that were given and mean nothing where files are packed."""
+    others = [field for field in fields(run) if field.name not in _PACKING]
+    given = [field.name for field in others if getattr(run, field.name) != field.default]
+    return [f"--{name.replace('_', '-')}" for name in given]
+
+
 def _pack(files: list[str], names: list[str] | None, arch: str | None, run: RunOptions) -> None:
     from randsurgery.errors import UsageError
     from randsurgery.jobs.members import prepare_pack
 
     if len(files) == 1:
         raise UsageError("one source: pass --members N to train, or further files to pack")
-    incoming = _incoming(files, names, run.base, arch, run.model_kwargs)
+    incoming = _incoming(files, names, run.base, arch, run)
     change = prepare_pack(incoming, run.output, force=run.force)
     _change(change, run.dry_run, run.json)
 
@@ -157,11 +169,11 @@ def _incoming(
     names: list[str] | None,
     base: str | None,
     arch: str | None = None,
-    model_kwargs: list[str] | None = None,
+    run: RunOptions | None = None,
 ) -> Incoming:
     from randsurgery.jobs.members import Incoming
 
-    args = common.model_arguments(model_kwargs)
+    args = common.model_arguments(run.model_kwargs, width=run.width) if run else {}
     return Incoming(tuple(files), tuple(names or ()), base, arch, args)
 
 
@@ -200,7 +212,7 @@ def add(
     files: Annotated[
         list[str],
         typer.Argument(
-            metavar="MEMBER...",
+            metavar="MEMBER",
             help="Files whose members join: of randsurgery, on the same backbone; with --base, "
             "dense checkpoints fine-tuned from it.",
         ),
@@ -229,7 +241,7 @@ def add(
 @command
 def remove(
     file: options.File,
-    members: Annotated[list[str], typer.Argument(metavar="NAME...", help="The members that go.")],
+    members: Annotated[list[str], typer.Argument(metavar="NAME", help="The members that go.")],
     base: common.BaseOption = None,
     output: options.Into = None,
     force: common.Force = False,
@@ -288,7 +300,7 @@ def list_(
     quiet: common.Quiet = False,
     verbose: common.Verbose = False,
 ) -> None:
-    """The members, and the bytes that each adds; exit code 3 if one is damaged."""  # fmt: skip
+    """The members, and the bytes that each adds; exit code 3 if one is damaged."""
     from randsurgery.cli import render
     from randsurgery.format.container import check_picture
     from randsurgery.inspection.members import list_members, plot_members

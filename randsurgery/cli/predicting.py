@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import sys
 import tempfile
@@ -45,7 +46,13 @@ def check_json(json: bool, output: str | None) -> None:
 
 
 def work(plan: PredictPlan, file: str, output: str | None, *, json: bool) -> None:
-    """Write the CSV, and say what came of it. Raises DataError if an image failed."""
+    """Write the CSV, say what came of it, and close the file. Raises DataError if an image
+    failed."""
+    with contextlib.closing(plan):
+        _work(plan, file, output, json=json)
+
+
+def _work(plan: PredictPlan, file: str, output: str | None, *, json: bool) -> None:
     from randsurgery.jobs import predict as job
 
     for line in plan.notes:

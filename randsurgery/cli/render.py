@@ -93,9 +93,11 @@ def show_layers(layers: Sequence[LayerCount]) -> None:
 
 def show_members(report: MembersReport) -> None:
     """What each member adds, and what as many files of their own would take."""
-    made = table("member", "adds", "dense", "classes", "dataset", "accuracy", right=(1, 2, 3, 5))
+    columns = ["member", "adds", "dense", "classes", "dataset", "accuracy"]
+    calibrated = any(row.temperature is not None for row in report.members)
+    made = table(*columns, *["temperature"] * calibrated, right=(1, 2, 3, 5, 6))
     for row in report.members:
-        made.add_row(
+        cells = (
             clean(row.name) + (" (damaged)" if row.fault else ""),
             size(row.bytes),
             size(row.dense_bytes),
@@ -103,14 +105,16 @@ def show_members(report: MembersReport) -> None:
             clean(row.dataset or ""),
             "" if row.accuracy is None else f"{row.accuracy:.4f}",
         )
-    out().print(made)
-    rest = report.bytes - sum(row.bytes for row in report.members)
+        heat = "" if row.temperature is None else f"{row.temperature:.4f}"
+        made.add_row(*cells, *[heat] * calibrated)
+    console = out()
+    console.print(made)
+    beside = f", beside {clean(', '.join(report.bases))}" if report.bases else ""
+    shared = f"of which {size(report.rest_bytes)} shared{beside}"
+    console.print(f"{clean(report.file)}: {size(report.bytes)}, {shared}")
     count, ratio = len(report.members), report.dense_bytes / max(1, report.bytes)
     many = f"{count} dense files" if count > 1 else "a dense file"
-    out().print(
-        f"{clean(report.file)}: {size(report.bytes)}, of which {size(rest)} shared; {many} "
-        f"{size(report.dense_bytes)}, {ratio:.1f}x"
-    )
+    console.print(f"as {many}: {size(report.dense_bytes)}, {ratio:.1f}x as much")
 
 
 def show_ensemble(found: Scored) -> None:

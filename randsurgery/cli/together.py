@@ -72,10 +72,10 @@ def evaluate(
     quiet: common.Quiet = False,
     verbose: common.Verbose = False,
 ) -> None:
-    """Accuracy, calibration and uncertainty of the members' mean, and of each member.
+    """Accuracy, calibration and uncertainty of the members' mean and of each.
 
     One network is held in memory and becomes each member in turn.
-    """  # fmt: skip
+    """
     from dataclasses import replace
 
     from randsurgery.cli import render
@@ -125,10 +125,11 @@ def calibrate(
     quiet: common.Quiet = False,
     verbose: common.Verbose = False,
 ) -> None:
-    """Fit one temperature to the members' mean, and write it into the file (Guo et al., 2017).
+    """Fit one temperature to the members' mean, and write it into the file.
 
+    As in Section 4.2 of Guo et al. (2017), of the mean instead of one network.
     FILE itself is changed, whole or not at all, unless --output is given.
-    """  # fmt: skip
+    """
     from dataclasses import asdict
 
     from randsurgery.cli import render
@@ -156,19 +157,19 @@ def calibrate(
 def predict(
     file: File,
     images: predicting.Images = None,
-    output: predicting.CsvOutput = None,
     top: predicting.Top = 5,
     strict: predicting.Strict = False,
     member: Members = None,
-    engine: EngineOption = "auto",
     base: common.BaseOption = None,
     dataset: common.Dataset = None,
     data_dir: common.DataDir = None,
     dataset_download: common.Download = False,
     batch_size: common.BatchSize = None,
     workers: common.Workers = None,
+    engine: EngineOption = "auto",
     amp: common.Amp = None,
     device: common.Device = "auto",
+    output: predicting.CsvOutput = None,
     force: common.Force = False,
     json: common.Json = False,
     config: common.Config = None,
@@ -177,8 +178,9 @@ def predict(
 ) -> None:
     """Mean probabilities of images and how uncertain they are, as CSV.
 
-    Columns: path, class, probability, entropy and mutual_information (nats), disagreement (share of
-    members that say another class), then class_1, probability_1 and so on; for a dataset's images,
+    Columns: path, class, probability; entropy and mutual_information in nats;
+    disagreement, the share of members that say another class; class_1,
+    probability_1 and so on for the likeliest classes; for a dataset's images,
     label.
     """
     from randsurgery.jobs import predict as job

@@ -6,6 +6,7 @@ that a file written with ``finished=True`` proves that no member changed by a bi
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -221,8 +222,16 @@ def architecture(recipe: Recipe) -> tuple[str, dict[str, Any]] | None:
 def _told(recipe: Recipe) -> str:
     if recipe.model is None:
         return "module of no known architecture"
-    args = [f"{key}={value}" for key, value in sorted(recipe.model.args.items())]
+    args = [f"{key}={_shown(value)}" for key, value in sorted(recipe.model.args.items())]
     return " ".join((recipe.model.name, *args))
+
+
+def _shown(value: Any) -> Any:
+    """An argument as it was given: floats travel as hexadecimal text."""
+    if isinstance(value, str) and value.startswith("0x"):
+        with contextlib.suppress(ValueError, OverflowError):
+            return float.fromhex(value)
+    return value
 
 
 def _name(checkpoint: Checkpoint) -> str:
@@ -307,8 +316,3 @@ def fault_of(checkpoint: Checkpoint, owner: str) -> str | None:
         except FileFormatError as error:
             return str(error)
     return None
-
-
-def owner_bytes(sizes: Mapping[str, int], recipe: Recipe, owner: str) -> int:
-    """Payload bytes of a member, or of the shared entries, by the payloads' sizes."""
-    return sum(sizes[name] for name in payload_names(recipe, owner))

@@ -7,7 +7,7 @@ import json
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from randsurgery.format.canonical import canonical_json
 from randsurgery.format.checkpoint import finished_bytes, payload_names, read_checkpoint
@@ -15,6 +15,9 @@ from randsurgery.format.container import Container, write_atomically
 from randsurgery.format.fields import SHARED
 from randsurgery.format.members import fault_of
 from randsurgery.format.recipe import Member
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,12 @@ class MembersReport:
     shared_bytes: int
     members: tuple[MemberRow, ...]
     fault: str | None = None  # of the shared payloads
+    bases: tuple[str, ...] = ()  # dense files that the file needs beside it
+
+    @property
+    def rest_bytes(self) -> int:
+        """Bytes that are no member's: shared payloads and the rest of the header."""
+        return self.bytes - sum(member.bytes for member in self.members)
 
     @property
     def dense_bytes(self) -> int:
@@ -100,6 +109,7 @@ def list_members(path: str | os.PathLike[str]) -> MembersReport:
             shared_bytes=sum(sizes[name] for name in payload_names(recipe, SHARED)),
             members=tuple(rows),
             fault=fault_of(checkpoint, SHARED),
+            bases=tuple(sorted(ref.file or key for key, ref in recipe.bases.items())),
         )
 
 
@@ -122,39 +132,93 @@ def _accuracy(member: Member) -> float | None:
     return found if isinstance(found, float) and 0 <= found <= 1 else None
 
 
+MOST = 20
+"""Members that get a bar of their own; the others share one."""
+
+
 def plot_members(report: MembersReport, path: str | os.PathLike[str]) -> None:
     """Two charts, to a .png, .svg or .pdf file: the bytes of this file and of files of their own by
     the number of members, and what each member adds. Raises OutputError."""
+    picture = io.BytesIO()
+    form = Path(path).suffix.lower().removeprefix(".")
+    drawn(report).savefig(picture, format=form, dpi=150)
+    write_atomically(path, iter([picture.getvalue()]))
+
+
+def drawn(report: MembersReport) -> Figure:
+    """The charts, as high as they have bars."""
     from matplotlib.figure import Figure
 
-    count, unit = len(report.members), 1e6
-    rest = report.bytes - sum(row.bytes for row in report.members)
-    together, apart = [rest / unit], [0.0]
-    for row in report.members:
-        together.append(together[-1] + row.bytes / unit)
-        apart.append(apart[-1] + row.dense_bytes / unit)
-    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    rows = _bars(report)
+    figure = Figure(figsize=(9, max(3.4, 1.0 + 0.28 * len(rows))), layout="constrained")
     lines, bars = figure.subplots(1, 2)
-    numbers = range(count + 1)
-    lines.plot(numbers[1:], apart[1:], marker="o", markersize=3, label="dense files")
-    lines.plot(numbers[1:], together[1:], marker="o", markersize=3, label="this file")
-    lines.set_xlabel("members")
-    lines.set_ylabel("MB in all")
-    lines.set_yscale("log")
-    lines.xaxis.get_major_locator().set_params(integer=True)
-    lines.legend(frameon=False)
-    lines.grid(alpha=0.3)
-    names = [plain_name(row.name) for row in report.members]
-    bars.barh(["shared", *names], [rest / unit, *(row.bytes / unit for row in report.members)])
-    dense = max(row.dense_bytes for row in report.members) / unit
-    bars.axvline(dense, color="black", linestyle="--", linewidth=1)
-    bars.annotate("a dense file", (dense, -0.3), ha="right", va="bottom", rotation=90, fontsize=8)
-    bars.set_xscale("log")
-    bars.invert_yaxis()
-    bars.set_xlabel("MB added")
-    picture = io.BytesIO()
-    figure.savefig(picture, format=Path(path).suffix.lower().removeprefix("."), dpi=150)
-    write_atomically(path, iter([picture.getvalue()]))
+    _plot_totals(lines, report)
+    _plot_bars(bars, rows)
+    return figure
+
+
+def _bars(report: MembersReport) -> list[tuple[str, float, str]]:
+    """(label, bytes, colour) of each bar, top down."""
+    members = report.members
+    dense = max(row.dense_bytes for row in members)
+    found = [
+        ("a dense file", float(dense), "0.7"),
+        ("shared", float(report.rest_bytes), "tab:cyan"),
+    ]
+    found += [(plain_name(row.name), float(row.bytes), "tab:blue") for row in members[:MOST]]
+    if others := members[MOST:]:
+        mean = sum(row.bytes for row in others) / len(others)
+        found.append((f"{len(others)} more, each", mean, "tab:blue"))
+    return found
+
+
+def _plot_totals(axes: Any, report: MembersReport) -> None:
+    """Bytes in all by the number of members, from none on."""
+    together, apart = [report.rest_bytes], [0]
+    for row in report.members:
+        together.append(together[-1] + row.bytes)
+        apart.append(apart[-1] + row.dense_bytes)
+    unit, scale = _unit(max(*together, *apart))
+    for label, values, colour in (
+        ("dense files", apart, "0.6"),
+        ("this file", together, "tab:blue"),
+    ):
+        shown = [value / scale for value in values]
+        told = f"{label}: {_told(values[-1])}"
+        axes.plot(range(len(shown)), shown, color=colour, marker="o", markersize=3, label=told)
+    axes.set_xlabel("members")
+    axes.set_ylabel(f"{unit} in all")
+    axes.set_ylim(0, 1.3 * max(*together, *apart) / scale)  # room for the legend
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.legend(frameon=False, loc="upper left")
+    axes.grid(alpha=0.3)
+
+
+def _plot_bars(axes: Any, rows: list[tuple[str, float, str]]) -> None:
+    """One bar a row, its figure beside it."""
+    labels, sizes, colours = zip(*rows, strict=True)
+    unit, scale = _unit(max(sizes))
+    places = range(len(rows))
+    drawn = axes.barh(places, [size / scale for size in sizes], color=colours)
+    axes.bar_label(drawn, [_told(size) for size in sizes], padding=3, fontsize=8)
+    axes.set_yticks(places, labels)
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1.25 * max(sizes) / scale)  # room for the longest bar's figure
+    axes.set_xlabel(f"{unit} added")
+
+
+def _unit(most: float) -> tuple[str, float]:
+    """The unit in which that many bytes are below 1000, and its bytes."""
+    for unit, scale in (("bytes", 1.0), ("kB", 1e3), ("MB", 1e6)):
+        if most < 999.5 * scale:
+            return unit, scale
+    return "GB", 1e9
+
+
+def _told(count: float) -> str:
+    """Bytes as a label says them."""
+    unit, scale = _unit(count)
+    return f"{count / scale:.3g} {unit}"
 
 
 def plain_name(name: str) -> str:

@@ -19,7 +19,7 @@ from torch import nn
 
 from randsurgery.errors import IncompatibleError, OutputError, UsageError
 from randsurgery.format.checkpoint import Checkpoint, read_checkpoint
-from randsurgery.format.container import write_atomically
+from randsurgery.format.container import Container, write_atomically
 from randsurgery.format.members import check_names, renamed
 from randsurgery.format.recipe import Plan, RandomSource
 from randsurgery.format.writing import write_checkpoint
@@ -30,7 +30,7 @@ from randsurgery.jobs.sources import flatten
 from randsurgery.surgery import popup
 from randsurgery.surgery.ensembles import joined
 from randsurgery.surgery.initialisers import parse_fraction
-from randsurgery.surgery.learning import learn_plan
+from randsurgery.surgery.learning import learn_plan, survivor_counts
 from randsurgery.surgery.modules import meta_module
 from randsurgery.surgery.plans import (
     Freeze,
@@ -47,6 +47,8 @@ from randsurgery.training.settings import TrainSettings
 Kind = Literal["fc", "share", "full", "popup", "plan"]
 START = "start"
 """The stage that trains what all members begin from."""
+ABOUT = "build.json"
+"""In the folder of the parts: which build they are of."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,9 @@ class BuildPlan:
         if self.names and len(self.names) != self.members:
             raise UsageError(f"{self.members} members, but {len(self.names)} names (--name)")
         check_names(self.member_names)
+        files = [START] * bool(self.warmup) + [f"{name}.state" for name in self.member_names]
+        if taken := sorted({*files} & {*self.member_names}):
+            raise UsageError(f"--name {taken[0]} is a part of the build's own; give another")
 
     @property
     def member_names(self) -> tuple[str, ...]:
@@ -130,8 +135,9 @@ def prepare_build(plan: BuildPlan) -> PreparedBuild:
     with runs.closing_on_error() as stack:
         job = runs.prepare(replace(plan.run, resume=None), stack, label, flat=False)
         _check_parts(plan, job)
-        had = job.checkpoint.member().plan
-        start = _flat(job.checkpoint)
+        had, start = job.checkpoint.member().plan, job.checkpoint
+        if start.member().tensors:
+            had, start = had and _begun(had), _flat(start)
         kind = _kind(plan, had, start)
         shell = meta_module(start)
         learned = _learned(plan, kind, shell, had)
@@ -139,16 +145,26 @@ def prepare_build(plan: BuildPlan) -> PreparedBuild:
             start = with_plan(start, learned)
             if plan.reinit:
                 _check_drawn(start, learned)
-        each, total = _sizes(plan, shell, learned)
+        each, total = _sizes(plan, start, shell)
         if plan.warmup:
+            _check_whole(learned)
             check_settings(replace(job.settings, epochs=plan.warmup))
         settings = _settings(plan, kind)
     return PreparedBuild(plan, replace(job, checkpoint=start), kind, learned, each, total, settings)
 
 
 def _flat(checkpoint: Checkpoint) -> Checkpoint:
-    """What was learned before becomes the backbone of what is learned next."""
-    return flatten(checkpoint) if checkpoint.member().tensors else checkpoint
+    """What was learned before as the backbone of what is learned next, in memory."""
+    found = flatten(checkpoint)
+    if isinstance(checkpoint.payloads, Container):
+        checkpoint.payloads.__exit__()  # its payloads have been copied
+    return found
+
+
+def _begun(plan: Plan) -> Plan:
+    """The plan for slices that hold what they learned, not what they started from."""
+    parts = {n: part.model_copy(update={"start": None}) for n, part in plan.tensors.items()}
+    return plan.model_copy(update={"tensors": parts})
 
 
 def _kind(plan: BuildPlan, had: Plan | None, start: Checkpoint) -> Kind:
@@ -182,10 +198,11 @@ def _popup(plan: BuildPlan, seed: int) -> Popup:
     return Popup(plan.k or "0.3", seed=seed)
 
 
-def _sizes(plan: BuildPlan, shell: nn.Module, learned: Plan | None) -> tuple[int, int]:
+def _sizes(plan: BuildPlan, start: Checkpoint, shell: nn.Module) -> tuple[int, int]:
     """Parameters that a member learns (of masks: one a masked weight), and all."""
-    rows = count_layers(shell, learned if learned is not None else Plan())
-    if learned is not None:
+    who = start.member()
+    rows = count_layers(shell, who.plan or Plan(), survivor_counts(start, who))
+    if who.plan is not None:
         return sum(row.learned for row in rows), sum(row.total for row in rows)
     wish = _popup(plan, 0)
     targets, _ = resolve(shell, wish)
@@ -197,8 +214,18 @@ def _sizes(plan: BuildPlan, shell: nn.Module, learned: Plan | None) -> tuple[int
 def _check_drawn(start: Checkpoint, learned: Plan) -> None:
     """Raises UsageError if nothing that is learned was drawn from a seed."""
     entries = start.recipe.tensors
-    if not any(isinstance(entries[name].source, RandomSource) for name in learned.tensors):
+    sources = (part.start or entries[name].source for name, part in learned.tensors.items())
+    if not any(isinstance(source, RandomSource) for source in sources):
         raise UsageError("--reinit needs weights that were drawn from a seed; the source has none")
+
+
+def _check_whole(learned: Plan | None) -> None:
+    """Raises UsageError if the network is no whole one before its slices are put in."""
+    if learned is not None and any(part.start for part in learned.tensors.values()):
+        raise UsageError(
+            "--warmup-epochs trains the whole network first, but the plan's is zero outside its "
+            "slices (--fill zero); leave one of the two out"
+        )
 
 
 def _settings(plan: BuildPlan, kind: Kind) -> dict[str, Any]:
@@ -208,7 +235,7 @@ def _settings(plan: BuildPlan, kind: Kind) -> dict[str, Any]:
         "kind": kind,
         "share": plan.share,
         "k": str(_popup(plan, 0).k) if kind == "popup" else None,
-        "warmup_epochs": plan.warmup,
+        "start_epochs": plan.warmup,  # the learning rate has warm-up epochs of its own
         "reinit": plan.reinit,
     }
     return {key: value for key, value in found.items() if value is not None}
@@ -224,6 +251,12 @@ def parts_folder(output: Path) -> Path:
 
 def _check_parts(plan: BuildPlan, job: Prepared) -> None:
     folder = parts_folder(job.output)
+    ours = (folder / ABOUT).is_file() or (folder.is_dir() and not any(folder.iterdir()))
+    if folder.exists() and not ours:
+        raise OutputError(
+            f"{folder}: is where the members are kept, but is not a build's; choose another "
+            "--output, or move it away"
+        )
     if folder.exists() and plan.run.resume is None and not plan.run.force:
         raise OutputError(
             f"{folder}: holds the members of a build that was stopped; --resume auto goes on with "
@@ -241,7 +274,7 @@ def _open_parts(job: PreparedBuild) -> Path:
     """The folder of the parts, empty, or with those of the same build. Raises IncompatibleError
     naming the first difference if they are another's."""
     folder, ours = parts_folder(job.job.output), json.loads(json.dumps(_identity(job)))
-    about = folder / "build.json"
+    about = folder / ABOUT
     if folder.exists() and job.plan.run.resume is None:
         shutil.rmtree(folder)
     if about.is_file():
@@ -366,6 +399,8 @@ def _write_records(job: PreparedBuild, folder: Path) -> dict[str, Record]:
         **job.job.settings.to_json(),
         **runs.options(job.job.plan),
         "kind": None if job.kind == "plan" else job.kind,
+        "warmup_epochs": job.plan.warmup,  # the option's name
+        "start_epochs": None,
         "members": job.plan.members,
         "name": list(job.plan.names) or None,
     }
@@ -382,6 +417,5 @@ def build_facts(job: PreparedBuild) -> dict[str, Any]:
         "learned": job.each * job.plan.members,
         "learned_each": job.each,
         "total": job.total,
-        "warmup_epochs": job.plan.warmup,
     }
     return {**runs.facts(job.job, own, technique)}

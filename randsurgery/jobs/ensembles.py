@@ -31,7 +31,7 @@ from randsurgery.surgery.ensembles import (
     temperature,
 )
 from randsurgery.surgery.initialisers import parse_fraction
-from randsurgery.surgery.learning import survivor_mask
+from randsurgery.surgery.learning import survivor_counts
 from randsurgery.surgery.modules import meta_module
 from randsurgery.surgery.plans import count_layers, learned_size
 from randsurgery.training.data import Data
@@ -119,6 +119,7 @@ def run_eval(plan: EvalPlan, on_batch: Callable[[int], None] | None = None) -> S
         if other is not None:
             far = _tally(ensemble, engine, other, plan, None, on_batch, labelled=False)
             apart = _apart(found, far)
+        learned = sum(learned_parameters(checkpoint, member) for member in chosen)
     return Scored(
         dataset,
         fell_back,
@@ -126,7 +127,7 @@ def run_eval(plan: EvalPlan, on_batch: Callable[[int], None] | None = None) -> S
         engine,
         {member.name: temperature(member) for member in chosen},
         kind_of(chosen),
-        sum(learned_parameters(checkpoint, member) for member in chosen),
+        learned,
         0 if kept is None else len(data) - len(kept),
         apart,
         None if plan.ood is None else plan.ood.dataset or "folder",
@@ -154,11 +155,7 @@ def learned_parameters(checkpoint: Checkpoint, member: Member) -> int:
     recipe = checkpoint.recipe
     shell = meta_module(checkpoint, member.name) if recipe.model is not None else None
     if member.plan is not None and shell is not None:
-        alive = {
-            name: survivor_mask(checkpoint, member, name).count
-            for name, part in member.plan.tensors.items()
-            if part.part == "survivors"
-        }
+        alive = survivor_counts(checkpoint, member)
         return sum(row.learned for row in count_layers(shell, member.plan, alive))
     names = set(member.tensors) if shell is None else {n for n, _ in shell.named_parameters()}
     return sum(

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from randsurgery.errors import DataError, IncompatibleError, UsageError
@@ -57,6 +58,11 @@ class PredictPlan:
     amp: bool = False
     strict: bool = False
     temperature: float = 1.0
+
+    def close(self) -> None:
+        """Close the file, of which an ensemble reads its members as it needs them."""
+        if isinstance(self.model, Ensemble):
+            self.model.close()
 
     def path(self, index: int) -> str:
         """Where an image lies: its file, bytes that are no UTF-8 as ``\\xff``; or test/INDEX in a
@@ -114,7 +120,7 @@ def prepare(
     where, file = pick_device(device), local_file(file)
     with contextlib.ExitStack() as stack:
         checkpoint = stack.enter_context(open_checkpoint(file, base))
-        who, model = _network(checkpoint, member, together)
+        who, model = _network(checkpoint, member, together, where)
         model = model.to(where)
         notes = []
         if inputs:
@@ -139,13 +145,15 @@ def prepare(
 
 
 def _network(
-    checkpoint: Checkpoint, member: str | None, together: Together | None
+    checkpoint: Checkpoint, member: str | None, together: Together | None, where: torch.device
 ) -> tuple[Member, nn.Module | Ensemble]:
     """What predicts, and the (first) member that says what it expects to see."""
     if together is None:
         who = checkpoint.member(member)
         return who, build(checkpoint, who.name)
     engine = check_engine(together.engine)
+    if engine == "auto" and where.type == "cpu":
+        engine = "switch"  # as eval does; and no timing decides the last digits
     return (
         members_named(checkpoint, together.members)[0],
         Ensemble(checkpoint, together.members, engine=engine),

@@ -12,7 +12,7 @@ from randsurgery.jobs import runs
 from randsurgery.jobs.runs import Prepared, Result, RunPlan, Technique
 from randsurgery.jobs.sources import masked_tensors
 from randsurgery.surgery.heads import fixed_heads
-from randsurgery.surgery.learning import learn_plan, survivor_mask
+from randsurgery.surgery.learning import learn_plan, survivor_counts
 from randsurgery.surgery.modules import meta_module
 from randsurgery.surgery.plans import count_layers, survivors
 from randsurgery.training.loop import Hooks
@@ -66,9 +66,7 @@ def train_facts(job: Prepared) -> dict[str, Any]:
     """What a training job would do, for ``--dry-run``."""
     who = job.checkpoint.member()
     assert who.plan is not None
-    parts = who.plan.tensors
-    alive = {name: survivor_mask(job.checkpoint, who, name).count
-             for name, part in parts.items() if part.part == "survivors"}  # fmt: skip
+    alive = survivor_counts(job.checkpoint, who)
     rows = count_layers(meta_module(job.checkpoint), who.plan, alive)
     own = {"learned": sum(row.learned for row in rows), "total": sum(row.total for row in rows)}
     return runs.facts(job, own, _technique(job))

@@ -48,11 +48,13 @@ def learn_plan(
 def _start(
     checkpoint: Checkpoint, who: Member, name: str, part: Learned, seed: int | None
 ) -> Source | None:
-    """What a learned part begins from, where that is not the tensor's own value."""
-    source = part.start or checkpoint.recipe.resolved(who, name).source
+    """What a learned part begins from, where that is not the tensor's own value. What the member
+    has learned before is its own."""
+    start = None if name in who.tensors else part.start
+    source = start or checkpoint.recipe.resolved(who, name).source
     if seed is not None and isinstance(source, RandomSource) and part.part != "survivors":
         return source.model_copy(update={"seed": seed})
-    return part.start
+    return start
 
 
 def _drawn(checkpoint: Checkpoint, who: Member, name: str, source: Source) -> RawTensor:
@@ -61,6 +63,16 @@ def _drawn(checkpoint: Checkpoint, who: Member, name: str, source: Source) -> Ra
     drawn = Entry(dtype=entry.dtype, shape=entry.shape, source=source)
     recipe = Recipe(tensors={name: drawn}, bases=checkpoint.recipe.bases)
     return replace(checkpoint, recipe=recipe).rebuild(Member(), name)
+
+
+def survivor_counts(checkpoint: Checkpoint, member: Member) -> dict[str, int]:
+    """How many survivors there are of each tensor of which the member's plan learns them."""
+    parts = member.plan.tensors if member.plan else {}
+    return {
+        name: survivor_mask(checkpoint, member, name).count
+        for name, part in parts.items()
+        if part.part == "survivors"
+    }
 
 
 def survivor_mask(checkpoint: Checkpoint, member: Member, name: str) -> masks.Mask:
