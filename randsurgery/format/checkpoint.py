@@ -77,7 +77,10 @@ class Checkpoint:
         """The member of that name, or the only one. Raises UsageError naming the members."""
         names = [m.name for m in self.recipe.members]
         if name is None and len(names) > 1:
-            raise UsageError(f"the file has {len(names)} members ({', '.join(names)}); name one")
+            raise UsageError(
+                f"the file has {len(names)} members ({', '.join(names)}); name one with --member, or "
+                "take one out with ensemble extract"
+            )
         try:
             return self.recipe.member(name)
         except StopIteration:

@@ -197,6 +197,8 @@ def _part(file: str, incoming: Incoming, target: Path, stack: contextlib.ExitSta
     path = local_file(file)
     if is_safetensors(path) and holds_checkpoint(path):
         return stack.enter_context(_open_file(path, incoming.base))
+    if not Path(path).is_file():
+        raise FileFormatError(f"{file}: no such file")
     if incoming.base is None:
         raise IncompatibleError(
             f"{file} is a dense checkpoint; pass --base FILE, the weights it was fine-tuned from"
