@@ -33,14 +33,7 @@ def diff(
     member_b: Annotated[
         str | None, typer.Option("--member-b", metavar="NAME", help="The member of B.")
     ] = None,
-    base_a: Annotated[
-        str | None,
-        typer.Option("--base-a", metavar="FILE", help="What A builds on, if not beside it."),
-    ] = None,
-    base_b: Annotated[
-        str | None,
-        typer.Option("--base-b", metavar="FILE", help="What B builds on, if not beside it."),
-    ] = None,
+    base: common.BaseOption = None,
     depth: Annotated[
         int | None,
         typer.Option(
@@ -57,9 +50,7 @@ def diff(
     """
     from randsurgery.inspection.diff import diff as report_on
 
-    report = report_on(
-        a, b, member_a=member_a, member_b=member_b, base_a=base_a, base_b=base_b
-    )  # fmt: skip
+    report = report_on(a, b, member_a=member_a, member_b=member_b, base=base)
     if json:
         print_json(report.to_json())
     else:

@@ -143,20 +143,18 @@ def _show_rows(what: str, rows: list[tuple[str, Summary]], sort: str) -> None:
 
 
 def _show_words(found: Summary, tensors: int, label: str) -> None:
-    """What the table adds up to, in three lines."""
-    console = out()
-    console.print(
-        f"{clean(label)}: {found.tensors:,} of {tensors:,} tensors are masked and keep "
-        f"{found.kept:,} of {found.size:,} weights, {percent(found.density)}"
-    )
-    console.print(
-        f"dead (nothing kept): {found.dead_filters:,} of {found.filters:,} filters, "
-        f"{found.dead_inputs:,} of {found.inputs:,} inputs"
-    )
-    over = "" if found.bound is None else f", {found.bound:.3f} times the bound"
-    console.print(
-        f"masks take {found.payload_bytes:,} bytes; their entropy is "
-        f"{found.entropy_bytes:,.0f}{over}"
+    """What the table adds up to."""
+    from randsurgery.cli.render import show_pairs
+
+    dead = f"{found.dead_filters:,} of {found.filters:,} filters"
+    bound = "" if found.bound is None else f" ({found.bound:.3f} times)"
+    out().print(f"{clean(label)}: {found.tensors:,} of {tensors:,} tensors are masked")
+    show_pairs(
+        [
+            ("kept", f"{found.kept:,} of {found.size:,} weights ({percent(found.density)})"),
+            ("dead", f"{dead}, {found.dead_inputs:,} of {found.inputs:,} inputs keep nothing"),
+            ("bytes", f"{found.payload_bytes:,}; entropy bound {found.entropy_bytes:,.0f}{bound}"),
+        ]
     )
 
 

@@ -22,7 +22,7 @@ from randsurgery.format.masks import popcount
 from randsurgery.format.tensors import RawTensor, as_words
 from randsurgery.inspection.floats import nonfinite, numbers
 from randsurgery.inspection.grouping import natural
-from randsurgery.inspection.networks import Kind, Network, Ours, open_network
+from randsurgery.inspection.networks import Kind, Network, Ours, give_base, open_network
 from randsurgery.inspection.overlap import share
 
 State = Literal["values", "kind", "only_a", "only_b"]
@@ -119,17 +119,18 @@ def diff(
     *,
     member_a: str | None = None,
     member_b: str | None = None,
-    base_a: str | os.PathLike[str] | None = None,
-    base_b: str | os.PathLike[str] | None = None,
+    base: str | os.PathLike[str] | None = None,
 ) -> DiffReport:
-    """Compare two networks: members of files of ours, or other safetensors files.
+    """Compare two networks: members of files of ours, or other safetensors files. ``base``: what
+    either builds on, where that does not lie beside it.
 
     Raises FileFormatError, UsageError (a member that must be named, or is not there), or
     IncompatibleError (a base that is missing where the headers do not suffice).
     """
     with contextlib.ExitStack() as stack:
-        one = open_network(a, member_a, base_a, "--member-a", stack)
-        two = open_network(b, member_b, base_b, "--member-b", stack)
+        one = open_network(a, member_a, "--member-a", stack)
+        two = open_network(b, member_b, "--member-b", stack)
+        give_base([network.opened for network in (one, two) if isinstance(network, Ours)], base)
         names = sorted({*one.names, *two.names}, key=natural)
         held, known = (set(one.names), set(two.names)), len(names)
         found, rebuilt = [], 0

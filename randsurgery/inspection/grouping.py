@@ -17,7 +17,7 @@ ROWS = 40
 def natural(name: str) -> list[tuple[int, int, str]]:
     """A key that sorts ``blocks.2`` before ``blocks.10``."""
     parts = re.findall(r"[0-9]+|[^0-9]+", name)
-    return [(0, int(part), part) if part.isdigit() else (1, 0, part) for part in parts]
+    return [(0, int(part), part) if part[0] in "0123456789" else (1, 0, part) for part in parts]
 
 
 def block(name: str, depth: int) -> str:
@@ -55,7 +55,8 @@ def selected(names: Iterable[str], patterns: Sequence[str]) -> list[str]:
     for pattern in patterns:
         hits = {name for name in known if _matches(name, pattern)}
         if not hits:
-            raise UsageError(f"--filter {pattern!r} matches no tensor{near(pattern, known)}")
+            hint = near(pattern, known) or f"; there are {', '.join(known[:3])}"
+            raise UsageError(f"--filter {pattern!r} matches nothing{hint}")
         kept |= hits
     return [name for name in known if name in kept]
 

@@ -25,7 +25,7 @@ from randsurgery.format.container import Container, write_atomically
 from randsurgery.format.masks import Mask, entropy_bytes
 from randsurgery.inspection.floats import nonfinite, numbers
 from randsurgery.inspection.grouping import natural, selected
-from randsurgery.inspection.networks import OpenFile, Ours
+from randsurgery.inspection.networks import OpenFile, Ours, give_base
 from randsurgery.inspection.overlap import LayerOverlap, Overlap, overlap, share
 
 
@@ -184,7 +184,7 @@ def masks(
     """
     with contextlib.ExitStack() as stack:
         files = [stack.enter_context(_open(path)) for path in paths]
-        _give(files, base)
+        give_base(files, base)
         networks = _networks(files, members)
         masked = {name for network in networks.values() for name in network.masked}
         rows: dict[str, list[LayerMask]] = {label: [] for label in networks}
@@ -237,15 +237,6 @@ def _open(path: str | os.PathLike[str]) -> OpenFile:
     return OpenFile(path)
 
 
-def _give(files: Sequence[OpenFile], base: str | os.PathLike[str] | None) -> None:
-    """The base to the files that build on one. Raises UsageError if none does."""
-    based = [file for file in files if file.checkpoint.recipe.bases]
-    if base is not None and not based:
-        raise UsageError(f"no file builds on a base; leave {base} out")
-    for file in based:
-        file.base = base
-
-
 def _networks(files: Sequence[OpenFile], members: Sequence[str]) -> dict[str, Ours]:
     """The networks by label. Raises UsageError for a name that no file knows, IncompatibleError
     for a file without masks."""
@@ -255,6 +246,7 @@ def _networks(files: Sequence[OpenFile], members: Sequence[str]) -> dict[str, Ou
             hint = near(name, known) or f"; members: {', '.join(dict.fromkeys(known))}"
             raise UsageError(f"no file has a member {name!r}{hint}")
     short = [Path(file.path).name for file in files]
+    several = len(files) > 1
     found: dict[str, Ours] = {}
     for file, name in zip(files, short, strict=True):
         everyone = file.checkpoint.recipe.members
@@ -266,9 +258,10 @@ def _networks(files: Sequence[OpenFile], members: Sequence[str]) -> dict[str, Ou
                 "its tensors are made of"
             )
         where = name if short.count(name) == 1 else os.fspath(file.path)
+        where = where.removesuffix(".safetensors") if several else where
         for network in networks:
             label = where if len(everyone) == 1 else f"{where}:{network.member.name}"
-            label = network.member.name if len(files) == 1 and len(everyone) > 1 else label
+            label = label if several or len(everyone) == 1 else network.member.name
             if label in found:
                 raise UsageError(f"{label} is named twice")
             found[label] = network

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,11 +49,9 @@ Kind = tuple[str, tuple[int, ...]]
 class OpenFile:
     """A file of ours: its checkpoint without bases, and with them when they are needed."""
 
-    def __init__(
-        self, path: str | os.PathLike[str], base: str | os.PathLike[str] | None = None
-    ) -> None:
+    def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = path
-        self.base = base
+        self.base: str | os.PathLike[str] | None = None
         self.checkpoint = read_checkpoint(path, need_bases=False)
         self._based: Checkpoint | IncompatibleError | None = None
 
@@ -261,12 +260,17 @@ class Ours:
 Network = Dense | Ours
 
 
+def give_base(files: Sequence[OpenFile], base: str | os.PathLike[str] | None) -> None:
+    """The base checkpoint to the files that build on one. Raises UsageError if none does."""
+    based = [file for file in files if file.checkpoint.recipe.bases]
+    if base is not None and not based:
+        raise UsageError(f"no file builds on a base; leave {base} out")
+    for file in based:
+        file.base = base
+
+
 def open_network(
-    path: str | os.PathLike[str],
-    member: str | None,
-    base: str | os.PathLike[str] | None,
-    option: str,
-    stack: contextlib.ExitStack,
+    path: str | os.PathLike[str], member: str | None, option: str, stack: contextlib.ExitStack
 ) -> Network:
     """The only member of a file, the named one, or a file of another program; ``stack`` closes it.
 
@@ -275,14 +279,11 @@ def open_network(
     container = stack.enter_context(Container(path))
     file = container.path.name
     if not is_checkpoint(container):
-        if member is not None or base is not None:
-            what, which = ("members", option) if member is not None else ("base", base)
-            raise UsageError(f"{file} is not of randsurgery and has no {what}; leave {which} out")
+        if member is not None:
+            raise UsageError(f"{file} is not of randsurgery and has no members; leave {option} out")
         return Dense(container)
-    opened = stack.enter_context(OpenFile(path, base))
+    opened = stack.enter_context(OpenFile(path))
     names = [one.name for one in opened.checkpoint.recipe.members]
-    if base is not None and not opened.checkpoint.recipe.bases:
-        raise UsageError(f"{file} builds on no base; leave {base} out")
     if member is None and len(names) > 1:
         raise UsageError(
             f"{file} has {len(names)} members ({', '.join(names)}); name one with {option}"
