@@ -151,13 +151,13 @@ def twin(path: Path, member: str, name: str) -> Json | None:
         cut = without_masks(recipe, member, name)
         before = values(slow.naive_tensor(cut, payloads, member, name, bases))
         drawn = sum(value > 0 for value in before)
-    filters = shape[0] if shape else 1
-    inputs = shape[1] if len(shape) > 1 else 0
+    filters = (shape[0] if shape else 1) if size else 0
+    inputs = shape[1] if len(shape) > 1 and size else 0
     across, inner = (size // filters if filters else 0), math.prod(shape[2:])
     by_filter = [sum(kept[f * across : (f + 1) * across]) for f in range(filters)]
     dead = [
         j for j in range(inputs)
-        if size and not any(keep for i, keep in enumerate(kept) if i // inner % inputs == j)
+        if not any(keep for i, keep in enumerate(kept) if i // inner % inputs == j)
     ]  # fmt: skip
     entropy = 0.0
     for _, count in found:
@@ -291,13 +291,13 @@ def test_odd_sentences_too(tmp_path: Path) -> None:
     assert not {"undone", "changed"} & set(rows)
     assert (rows["nan"].nan, rows["nan"].infinite) == (1, 2)
     assert (rows["none"].dead_filters, rows["none"].dead_inputs) == (4, 6)
-    assert (rows["no.inputs"].filters, rows["no.inputs"].dead_filters) == (3, 0)
-    assert (rows["no.filters"].inputs, rows["no.filters"].dead_inputs) == (3, 0)
+    for name in ("no.inputs", "no.filters"):
+        assert (rows[name].filters, rows[name].inputs, rows[name].dead_inputs) == (0, 0, 0)
     text = shown(tmp_path / "odd.safetensors")
     assert "kept and not finite: 1 NaN, 2 infinite, in nan" in text
     found = json.loads(shown(tmp_path / "odd.safetensors", "--json"))
     assert found["networks"][0]["all"]["nan"] == 1
-    assert shown(tmp_path / "odd.safetensors", "--filter", "no.*", "--per-filter").count("no.") == 3
+    assert shown(tmp_path / "odd.safetensors", "--filter", "no.*", "--per-filter").count("no.") == 0
 
 
 def layer(name: str, size: int, filter_kept: tuple[int, ...], positive: int | None) -> LayerMask:
@@ -632,3 +632,15 @@ def test_a_lie_about_a_count_is_found(tmp_path: Path) -> None:
     write_atomically(path, pack(b.payloads, {"randsurgery": json.dumps(recipe)}))
     assert digest(b.payloads["shared/w/0.mask"].array) == lie["digest"]
     assert "cannot keep" in refused(3, path)
+
+
+def test_an_absurd_dimension_beside_a_0_costs_nothing(tmp_path: Path) -> None:
+    b = Builder()
+    tensors = {"w": entry("F32", (2**46, 0), constant(1.0), b.mask("shared", "w", 0, []))}
+    recipe = {"format": "randsurgery", "version": 1, "tensors": tensors}
+    path = tmp_path / "absurd.safetensors"
+    write_atomically(path, pack(b.payloads, {"randsurgery": json.dumps(recipe)}))
+    report = masks([path])
+    assert (report.networks[0].layers[0].size, report.networks[0].layers[0].filters) == (0, 0)
+    assert "asks for" in report.notes[0]
+    shown(path)

@@ -64,8 +64,11 @@ def masks(
     quiet: common.Quiet = False,
     verbose: common.Verbose = False,
 ) -> None:
-    """What masks keep: densities, dead filters, signs, bytes against the entropy bound, and the
-    overlap of members or files against chance."""
+    """What masks keep: densities, dead filters, signs, overlap, bytes against entropy.
+
+    Of several members or files each pair is compared, and held against chance. A filter is an
+    index along a tensor's first dimension, an input one along its second.
+    """
     from randsurgery.errors import UsageError, near
     from randsurgery.format.container import check_not_input, check_output
     from randsurgery.inspection.masks import masks as report_on

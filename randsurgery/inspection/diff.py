@@ -28,6 +28,7 @@ from randsurgery.inspection.overlap import share
 State = Literal["values", "kind", "only_a", "only_b"]
 _BLOCK = 1 << 20
 """Elements that are compared at once."""
+_RUNS = 5000
 
 
 @dataclass(frozen=True)
@@ -37,8 +38,9 @@ class TensorDiff:
 
     Of a tensor of one shape: ``elements`` differ of ``size`` (by their bits; of two dtypes, by
     value), ``bits`` of one dtype, and filters, the indices along dim 0; ``filters_at`` are the
-    first and last of each run of them. max_abs, mean_abs: |a - b| over the ``finite`` elements,
-    those finite in both. mask_bits: of positions kept in one alone; None unless both have masks.
+    first and last of each run of them, None if there are thousands. max_abs, mean_abs: |a - b|
+    over the ``finite`` elements, those finite in both. mask_bits: of positions kept in one alone;
+    None unless both have masks.
     """
 
     name: str
@@ -50,7 +52,7 @@ class TensorDiff:
     bits: int | None = None
     filters: int = 0
     filters_differ: int = 0
-    filters_at: tuple[tuple[int, int], ...] = ()
+    filters_at: tuple[tuple[int, int], ...] | None = ()
     finite: int = 0
     max_abs: float | None = None
     mean_abs: float | None = None
@@ -257,9 +259,11 @@ def _sum(values: npt.NDArray[np.float64]) -> float:
         return float(values.sum())
 
 
-def _runs(rows: npt.NDArray[np.bool_]) -> tuple[tuple[int, int], ...]:
-    """(first, last) of every run of True."""
+def _runs(rows: npt.NDArray[np.bool_]) -> tuple[tuple[int, int], ...] | None:
+    """(first, last) of every run of True; None for more than are of use."""
     edges = np.flatnonzero(np.diff(rows, prepend=False, append=False))
+    if edges.size > 2 * _RUNS:
+        return None
     return tuple((int(start), int(stop) - 1) for start, stop in edges.reshape(-1, 2))
 
 

@@ -32,7 +32,7 @@ from randsurgery.inspection.overlap import LayerOverlap, Overlap, overlap, share
 @dataclass(frozen=True)
 class LayerMask:
     """The mask of one tensor. A filter is an index along dim 0, an input one along dim 1 (within
-    its group, where a convolution has groups).
+    its group, where a convolution has groups); a tensor without elements has neither.
 
     filter_kept: what each filter keeps. positive, positive_before: weights above 0 among those
     kept, and among all before the mask; None where the base is missing, and the latter where
@@ -66,8 +66,8 @@ class LayerMask:
 
     @property
     def dead_filters(self) -> int:
-        """Filters without a kept weight; none in a tensor without elements."""
-        return self.filter_kept.count(0) if self.size else 0
+        """Filters without a kept weight."""
+        return self.filter_kept.count(0)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, with what ``summary`` says of this mask alone."""
@@ -278,13 +278,15 @@ def _layer(network: Ours, name: str, mask: Mask, missing: set[str]) -> LayerMask
     """All that is said of one mask; ``missing`` learns of a base that is."""
     _, shape = network.kind(name)
     bits = mask.unpack()
-    filters = shape[0] if shape else 1
-    inputs = shape[1] if len(shape) > 1 else 0
-    payloads = network.mask_payloads(name)
-    by_filter = bits.reshape(filters, -1) if bits.size else bits.reshape(filters, 0)
+    filters, inputs = shape[:2] if len(shape) > 1 else (bits.size, 0)
+    if not bits.size:  # a dimension beside one of 0 may be absurd
+        filters, inputs, filter_kept = 0, 0, []
+    else:
+        filter_kept = np.count_nonzero(bits.reshape(filters, -1), axis=1).tolist()
     dead_inputs = 0
-    if bits.size and inputs:
+    if inputs:
         dead_inputs = int((~bits.reshape(filters, inputs, -1).any(axis=(0, 2))).sum())
+    payloads = network.mask_payloads(name)
     try:
         signs = _signs(network, name, bits)
     except IncompatibleError as error:
@@ -292,13 +294,13 @@ def _layer(network: Ours, name: str, mask: Mask, missing: set[str]) -> LayerMask
             raise
         missing.add(f"no signs: {error}")
         signs = (None, None, 0, 0)
-    sizes = network.opened.sizes()
+    sizes = network.opened.sizes
     return LayerMask(
         name=name,
         shape=shape,
         size=mask.size,
         kept=mask.count,
-        filter_kept=tuple(np.count_nonzero(by_filter, axis=1).tolist()),
+        filter_kept=tuple(filter_kept),
         inputs=inputs,
         dead_inputs=dead_inputs,
         positive=signs[0],

@@ -7,6 +7,7 @@ tensor is asked for that cannot be had without them.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -67,6 +68,7 @@ class OpenFile:
             raise self._based
         return self._based
 
+    @functools.cached_property
     def sizes(self) -> dict[str, int]:
         """Bytes of each payload."""
         file = self.checkpoint.payloads
