@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from test_checkpoint import Builder, assemble, constant, entry, random_source, some_bits
+from test_checkpoint import Builder, assemble, constant, entry, floats, random_source, some_bits
 from typer.testing import CliRunner, Result
 
 from randsurgery.cli.app import app
@@ -372,6 +372,38 @@ def test_each_proof_of_equality_is_one(tmp_path: Path) -> None:
         assert report.same_backbone is (one == drawn)
     assert not diff(drawn, other).same
     assert not diff(drawn, filled).same
+
+
+def test_equal_sentences_are_equal_tensors_without_a_digest_too(tmp_path: Path) -> None:
+    def file(name: str, source: Json, *overlays: Json, **more: Any) -> Path:
+        tensors = {"w": entry("F32", (5, 7), source, *overlays)}
+        recipe = {"format": "randsurgery", "version": 1, "tensors": tensors, **more}
+        path = tmp_path / f"{name}.safetensors"
+        write_atomically(path, pack(b.payloads, {"randsurgery": json.dumps(recipe)}))
+        return path
+
+    def based(name: str, key: str, identity: str, *overlays: Json) -> Path:
+        source = {"kind": "base", "base": key, "tensor": "w"}
+        return file(name, source, *overlays, bases={key: {"identity": identity * 32}})
+
+    b = Builder()
+    drawn = file("drawn", random_source("sign", 1.0))
+    named = file("named", random_source("sign", 1.0, stream="w"))
+    other = file("other", random_source("sign", 1.0, stream="v"))
+    assert (diff(drawn, named).same, diff(drawn, named).rebuilt) == (True, 0)
+    assert (diff(drawn, other).same, diff(drawn, other).rebuilt) == (False, 1)
+    one, two, three = based("one", "x", "0"), based("two", "y", "0"), based("three", "x", "1")
+    assert (diff(one, two).same, diff(one, two).rebuilt) == (True, 0)
+    for path in (three, drawn):
+        with pytest.raises(IncompatibleError, match="pass --base FILE"):
+            diff(one, path)
+    over = b.replace("shared", "w", 0, floats("F32", (5, 7), 1))
+    replaced = based("replaced", "x", "0", over)
+    assert diff(replaced, based("other", "x", "1", over)).rebuilt == 0
+    assert diff(replaced, drawn).rebuilt == 1  # nothing is left of the base
+    masked = (over, b.mask("shared", "w", 1, some_bits(35, 0.5, 2)))
+    report = diff(based("a", "x", "0", *masked), file("b", constant(1.0), *masked))
+    assert (report.same, report.rebuilt) == (True, 0)
 
 
 def test_a_base_is_needed_only_where_headers_do_not_suffice(tmp_path: Path) -> None:

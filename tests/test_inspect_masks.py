@@ -531,6 +531,25 @@ def test_files_and_members_are_labelled_apart(tmp_path: Path) -> None:
     assert [network.label for network in report.networks] == ["popup", "ensemble-masks:seed-1"]
 
 
+def test_masks_of_other_shapes_are_not_compared(tmp_path: Path) -> None:
+    paths = []
+    for number, shape in enumerate(((4, 6), (6, 4), (4, 6))):
+        b = Builder()
+        tensors = {
+            name: entry("F32", shape if name == "w" else (5,), random_source("sign", 1.0),
+                        b.mask("shared", name, 0, some_bits(24 if name == "w" else 5, 0.5, number)))
+            for name in ("w", "v")
+        }  # fmt: skip
+        paths.append(write(tmp_path / f"{number}.safetensors", tensors, b))
+    report = masks(paths)
+    assert [[row.name for row in overlap.layers] for overlap in report.overlaps] == [
+        ["v"], ["v", "w"], ["v"],
+    ]  # fmt: skip
+    assert [overlap.left_out for overlap in report.overlaps] == [1, 0, 1]
+    assert_twin(report, tmp_path)
+    assert "2 masks have no counterpart of their shape" in shown(*paths)
+
+
 def test_many_pairs_are_cut_to_the_extremes(tmp_path: Path) -> None:
     b = Builder()
     tensors = {"w": entry("F32", (40,), random_source("sign", 1.0))}
