@@ -10,12 +10,14 @@ from randsurgery._version import __version__
 from randsurgery.cli import (
     common,
     convert,
+    diff,
     ensemble,
     evaluate,
     export,
     freeze,
     init,
     inspect,
+    masks,
     popup,
     predict,
     together,
@@ -64,6 +66,8 @@ app.command("convert")(convert.convert)
 ensemble.app.command("eval")(together.evaluate)
 ensemble.app.command("predict")(together.predict)
 ensemble.app.command("calibrate")(together.calibrate)
+inspect.app.command("masks")(masks.masks)
+inspect.app.command("diff")(diff.diff)
 app.add_typer(ensemble.app, name="ensemble")
 app.add_typer(inspect.app, name="inspect")
 

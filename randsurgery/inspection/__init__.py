@@ -4,4 +4,10 @@ storage   where a file's bytes go, against a dense file
 verify    every digest of a file
 members   what each member of a file adds
 curves    the records of a run, as a picture
+grouping  tensors by block, selected by pattern
+floats    tensors of any dtype as numbers
+networks  one network of a file, ours or not: its header's word, and its tensors one by one
+overlap   two masks against each other, and against chance
+masks     what masks keep: densities, dead filters, signs, overlap, bytes against entropy
+diff      two networks: which tensors, filters and bits differ, and by how much
 """

@@ -1,0 +1,296 @@
+"""One network of a file, opened for inspection: what its header says, and its tensors one by one.
+
+The network is a member of a file of ours, or any other safetensors file. Bases are opened when a
+tensor is asked for that cannot be had without them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from randsurgery.errors import FileFormatError, IncompatibleError, UsageError, near
+from randsurgery.format.canonical import canonical_json
+from randsurgery.format.checkpoint import Checkpoint, is_checkpoint, read_checkpoint
+from randsurgery.format.container import Container
+from randsurgery.format.masks import Mask
+from randsurgery.format.rebuild import (
+    check_affordable,
+    needed_steps,
+    payload_name,
+    read_mask,
+    sentence,
+)
+from randsurgery.format.recipe import (
+    BaseSource,
+    ConstantSource,
+    Entry,
+    MaskOverlay,
+    Member,
+    MemberTensor,
+    RandomSource,
+    Recipe,
+    ReplaceOverlay,
+    ScatterOverlay,
+    SliceOverlay,
+    StoredSource,
+)
+from randsurgery.format.tensors import RawTensor
+
+Kind = tuple[str, tuple[int, ...]]
+"""(dtype, shape)"""
+
+
+class OpenFile:
+    """A file of ours: its checkpoint without bases, and with them when they are needed."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = path
+        self.base: str | os.PathLike[str] | None = None
+        self.checkpoint = read_checkpoint(path, need_bases=False)
+        self._based: Checkpoint | IncompatibleError | None = None
+
+    def based(self) -> Checkpoint:
+        """The checkpoint with its bases. Raises IncompatibleError if one is not to be had; no
+        base is read twice to find that out."""
+        if self._based is None:
+            try:
+                self._based = read_checkpoint(self.path, base=self.base)
+            except IncompatibleError as error:
+                self._based = error
+        if isinstance(self._based, IncompatibleError):
+            raise self._based
+        return self._based
+
+    @functools.cached_property
+    def sizes(self) -> dict[str, int]:
+        """Bytes of each payload."""
+        file = self.checkpoint.payloads
+        assert isinstance(file, Container)
+        return {name: info.stop - info.start for name, info in file.infos.items()}
+
+    def __enter__(self) -> OpenFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.checkpoint.close()
+        if isinstance(self._based, Checkpoint):
+            self._based.close()
+
+
+@dataclass(frozen=True)
+class Dense:
+    """A safetensors file of another program."""
+
+    file: Container
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the tensors."""
+        return sorted(self.file.infos)
+
+    def kind(self, name: str) -> Kind:
+        """The tensor's dtype and shape."""
+        return self.file.infos[name].dtype, self.file.infos[name].shape
+
+    def sure(self, name: str) -> set[bytes]:
+        """The header says nothing of a tensor's bits."""
+        return set()
+
+    def tensor(self, name: str) -> RawTensor:
+        """The tensor."""
+        return self.file.read(name)
+
+    def kept(self, name: str) -> Mask | None:
+        """No mask."""
+        return None
+
+
+@dataclass(frozen=True)
+class Ours:
+    """A member of a file of ours."""
+
+    opened: OpenFile
+    member: Member
+
+    @property
+    def recipe(self) -> Recipe:
+        """The file's recipe."""
+        return self.opened.checkpoint.recipe
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the finished tensors."""
+        return self.recipe.tensor_names(self.member)
+
+    def entry(self, name: str) -> Entry:
+        """The whole sentence of a tensor."""
+        return self.recipe.resolved(self.member, name)
+
+    def kind(self, name: str) -> Kind:
+        """The tensor's dtype and shape."""
+        entry = self.entry(name)
+        return entry.dtype, entry.shape
+
+    def sure(self, name: str) -> set[bytes]:
+        """What the header says that fixes every bit of a tensor of this dtype and shape: two
+        tensors that have one of these in common are equal."""
+        entry = self.entry(name)
+        found = {canonical_json(self._sentence(name))}
+        if entry.digest is not None:
+            found.add(f"finished {entry.digest}".encode())
+        if entry.in_one_payload:
+            last = entry.overlays[-1] if entry.overlays else entry.source
+            assert isinstance(last, (ReplaceOverlay, StoredSource))
+            found.add(f"bytes {last.digest}".encode())
+        return found
+
+    def _sentence(self, name: str) -> list[Any]:
+        """Source and overlays; bases by identity, streams by name."""
+        _, entry, steps = sentence(self.recipe, self.member, name)
+        source: dict[str, Any] | None = entry.source.to_json()
+        assert source is not None
+        if isinstance(entry.source, RandomSource):
+            source["stream"] = name if entry.source.stream is None else entry.source.stream
+        if isinstance(entry.source, BaseSource):
+            source["base"] = self.recipe.bases[entry.source.base].identity
+        overlays = [overlay for _, _, overlay in needed_steps(steps)]
+        if overlays and isinstance(overlays[0], ReplaceOverlay):
+            source = None  # nothing is left of it
+        return [source, [overlay.to_json() for overlay in overlays]]
+
+    def _checkpoint(self, name: str) -> Checkpoint:
+        """The checkpoint, with its bases if the tensor builds on one."""
+        _, entry, steps = sentence(self.recipe, self.member, name)
+        replaced = any(isinstance(overlay, ReplaceOverlay) for _, _, overlay in steps)
+        based = isinstance(entry.source, BaseSource) and not replaced
+        return self.opened.based() if based else self.opened.checkpoint
+
+    def tensor(self, name: str) -> RawTensor:
+        """The finished tensor. Raises FileFormatError or IncompatibleError."""
+        return self._checkpoint(name).rebuild(self.member, name)
+
+    def mask_payloads(self, name: str) -> list[tuple[str, MaskOverlay | ScatterOverlay]]:
+        """Name and overlay of every mask that takes part in the tensor."""
+        _, _, steps = sentence(self.recipe, self.member, name)
+        return [
+            (payload_name(owner, name, f"{index}.mask"), overlay)
+            for owner, index, overlay in needed_steps(steps)
+            if isinstance(overlay, (MaskOverlay, ScatterOverlay))
+        ]
+
+    def is_masked(self, name: str) -> bool:
+        """True if a mask says where the tensor is zero: a mask overlay, or values scattered over
+        zeros. Values scattered over others are a change, not a mask."""
+        kinds = {type(overlay) for _, overlay in self.mask_payloads(name)}
+        return MaskOverlay in kinds or (ScatterOverlay in kinds and self._from_zero(name))
+
+    @property
+    def masked(self) -> list[str]:
+        """Names of the tensors that a mask lies over."""
+        return [name for name in self.names if self.is_masked(name)]
+
+    def _from_zero(self, name: str) -> bool:
+        source = self.entry(name).source
+        replaced = any(isinstance(o, ReplaceOverlay) for o in self.entry(name).overlays)
+        zero = isinstance(source, ConstantSource) and float.fromhex(source.value) == 0
+        return zero and not replaced
+
+    def kept(self, name: str) -> Mask | None:
+        """The positions that masks leave, scatters fill and slices overwrite; None without a mask.
+
+        Only payloads of masks are read. Raises FileFormatError.
+        """
+        if not self.is_masked(name):
+            return None
+        _, entry, steps = sentence(self.recipe, self.member, name)
+        payloads = self.opened.checkpoint.payloads
+        check_affordable(entry.size, name)
+        bits = np.full(entry.size, not self._from_zero(name))
+        for owner, index, overlay in needed_steps(steps):
+            slot = payload_name(owner, name, f"{index}.mask")
+            if isinstance(overlay, MaskOverlay):
+                bits &= read_mask(payloads, slot, overlay, entry.size).unpack()
+            elif isinstance(overlay, ScatterOverlay):
+                bits |= read_mask(payloads, slot, overlay, entry.size).unpack()
+            elif isinstance(overlay, SliceOverlay):
+                if overlay.dim >= len(entry.shape) or overlay.count > entry.shape[overlay.dim]:
+                    raise FileFormatError(f"{name}: no slice of {overlay.count} along dim "
+                                          f"{overlay.dim} in {list(entry.shape)}")  # fmt: skip
+                where = (*[slice(None)] * overlay.dim, slice(overlay.count))
+                bits.reshape(entry.shape)[where] = True
+        return Mask.of(bits)
+
+    def before_masks(self, name: str) -> RawTensor | None:
+        """The tensor as it is before its first mask; None if that is a constant 0."""
+        if self._from_zero(name):
+            return None
+        owner, entry, steps = sentence(self.recipe, self.member, name)
+        steps = needed_steps(steps)
+        first = next(s for s in steps if isinstance(s[2], (MaskOverlay, ScatterOverlay)))
+        own, index = self.member.tensors.get(name), first[1]
+        shared, tensors = dict(self.recipe.tensors), dict(self.member.tensors)
+        if owner == self.member.name:  # an entry of its own
+            cut = entry.model_copy(update={"overlays": entry.overlays[:index]})
+            tensors[name] = MemberTensor(entry=cut)
+        elif first[0] == owner:
+            shared[name] = entry.model_copy(update={"overlays": entry.overlays[:index]})
+            tensors.pop(name, None)
+        elif index == 0:
+            tensors.pop(name)
+        else:
+            assert own is not None
+            tensors[name] = MemberTensor(overlays=own.overlays[:index])
+        checkpoint = self._checkpoint(name)
+        recipe = self.recipe.model_copy(update={"tensors": shared})
+        member = self.member.model_copy(update={"tensors": tensors})
+        return Checkpoint(recipe, checkpoint.payloads, checkpoint.bases).rebuild(member, name)
+
+    def masks_alone(self, name: str) -> bool:
+        """True if nothing but masks follows the first mask, so that what is kept is what was."""
+        _, _, steps = sentence(self.recipe, self.member, name)
+        kinds = [isinstance(overlay, MaskOverlay) for _, _, overlay in needed_steps(steps)]
+        return True in kinds and all(kinds[kinds.index(True) :])
+
+
+Network = Dense | Ours
+
+
+def give_base(files: Sequence[OpenFile], base: str | os.PathLike[str] | None) -> None:
+    """The base checkpoint to the files that build on one. Raises UsageError if none does."""
+    based = [file for file in files if file.checkpoint.recipe.bases]
+    if base is not None and not based:
+        raise UsageError(f"no file builds on a base; leave {base} out")
+    for file in based:
+        file.base = base
+
+
+def open_network(
+    path: str | os.PathLike[str], member: str | None, option: str, stack: contextlib.ExitStack
+) -> Network:
+    """The only member of a file, the named one, or a file of another program; ``stack`` closes it.
+
+    Raises UsageError, naming ``option``, if it must be named or there is none of that name.
+    """
+    container = stack.enter_context(Container(path))
+    file = container.path.name
+    if not is_checkpoint(container):
+        if member is not None:
+            raise UsageError(f"{file} is not of randsurgery and has no members; leave {option} out")
+        return Dense(container)
+    opened = stack.enter_context(OpenFile(path))
+    names = [one.name for one in opened.checkpoint.recipe.members]
+    if member is None and len(names) > 1:
+        raise UsageError(
+            f"{file} has {len(names)} members ({', '.join(names)}); name one with {option}"
+        )
+    if member is not None and member not in names:
+        hint = near(member, names) or f"; members: {', '.join(names)}"
+        raise UsageError(f"{option}: {file} has no member {member!r}{hint}")
+    return Ours(opened, opened.checkpoint.member(member))
