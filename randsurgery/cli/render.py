@@ -51,11 +51,17 @@ def show_storage(report: StorageReport, *, tensors: bool) -> None:
     made.add_row("header", *blank, f"{report.header_bytes:,}", "")
     made.add_row("file", *blank, f"{report.bytes:,}", f"{report.dense_bytes:,}")
     console.print(made)
-    ratio = report.ratio
-    compared = f"{ratio:.1f}x smaller" if ratio >= 1 else f"{1 / ratio:.2f}x as large"
     console.print(
-        f"{clean(report.file)}: {size(report.bytes)}, dense {size(report.dense_bytes)}, {compared}"
+        f"{clean(report.file)}: {size(report.bytes)}, dense {size(report.dense_bytes)}, "
+        f"{compared(report.ratio)}"
     )
+
+
+def compared(ratio: float) -> str:
+    """Dense bytes over bytes, in words."""
+    if not ratio:
+        return "nothing to compare"
+    return f"{ratio:.1f}x smaller" if ratio >= 1 else f"{1 / ratio:.2f}x as large"
 
 
 def _tensor_name(row: TensorStorage, report: StorageReport) -> str:
