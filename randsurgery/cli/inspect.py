@@ -129,7 +129,7 @@ def verify(
     verbose: common.Verbose = False,
 ) -> None:
     """Rebuild every tensor and compare every digest; exit code 3 if one differs."""
-    from randsurgery.cli import render, tables
+    from randsurgery.cli import tables
     from randsurgery.inspection.verify import find_files
 
     found = find_files(files)
@@ -138,7 +138,7 @@ def verify(
         if json:
             print_json(report.to_json())
         else:
-            render.show_verify(report)
+            tables.show_verify(report)
         reports = [report]
     else:
         reports = []

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from randsurgery.cli import render
 from randsurgery.cli.common import clean, out, size
-from randsurgery.cli.render import table
+from randsurgery.cli.render import show, table
 
 if TYPE_CHECKING:
     from randsurgery.inspection.layers import Layer
@@ -20,16 +20,6 @@ if TYPE_CHECKING:
     from randsurgery.inspection.verify import VerifyReport
 
 EIGHTHS = " ▏▎▍▌▋▊▉█"
-WIDE = 10_000  # no name that a header may hold is folded
-
-
-def show(made: Table) -> None:
-    """A table: folded to the terminal's width, or one line a row in a pipe."""
-    console = out()
-    if sys.stdout.isatty():
-        console.print(made)
-    else:
-        console.print(made, width=WIDE)
 
 
 def clip(text: Any, width: int = 60) -> str:
@@ -112,6 +102,28 @@ def bar(share: float, room: int, encoding: str = "utf-8") -> str:
 # --- verify --------------------------------------------------------------------------------------
 
 
+def show_verify(report: VerifyReport) -> None:
+    """One line if all agreed, else the checks that failed."""
+    for check in report.failures:
+        out().print(clean(f"{check.what}: {check.detail}"))
+    out().print(f"{clean(report.file)}: {_outcome(report)}")
+
+
+def _outcome(report: VerifyReport) -> str:
+    bad, count = sum(not check.ok for check in report.checks), len(report.checks)
+    told = f"{bad} of {count:,} digests differ" if bad else f"{count:,} digests agree"
+    if report.networks is None:
+        return told
+    if not report.networks:
+        return f"{told}, names no architecture"
+    fit, many = sum(check.ok for check in report.networks), len(report.networks)
+    return f"{told}, {fit} of {many} networks fit" if fit < many else f"{told}, {_fitting(many)}"
+
+
+def _fitting(count: int) -> str:
+    return "the network fits" if count == 1 else f"{count} networks fit"
+
+
 def show_verified(report: VerifyReport) -> None:
     """One of many files, on one line, and what failed below it."""
     console, name = out(), clean(report.file)
@@ -119,15 +131,12 @@ def show_verified(report: VerifyReport) -> None:
         console.print(f"{name}: skipped, not a file of randsurgery")
     elif report.fault is not None:
         console.print(f"{name}: FAILED, {clean(report.fault)}")
-    elif report.ok:
-        console.print(f"{name}: {len(report.checks):,} digests agree")
     else:
-        count = len(report.failures)
-        console.print(f"{name}: FAILED, {count} of {len(report.checks):,} digests differ")
+        console.print(f"{name}: {'' if report.ok else 'FAILED, '}{_outcome(report)}")
         for check in report.failures[:5]:
             console.print(clean(f"  {check.what}: {check.detail}"))
-        if count > 5:
-            console.print(f"  and {count - 5:,} more; verify this file alone to see them")
+        if (left := len(report.failures) - 5) > 0:
+            console.print(f"  and {left:,} more; verify this file alone to see them")
 
 
 def show_verified_all(reports: Sequence[VerifyReport]) -> None:
@@ -157,10 +166,8 @@ def show_model(report: ModelReport, depth: int | None) -> None:
         show(_foreign_layers(report, rows))
     else:
         show(_layers(report, rows))
-    blocks = sum(row.layers > 1 for row in rows)
-    if depth is None and blocks:
-        deeper = (chosen or 0) + 1
-        out().print(f"{blocks} of these are blocks of several layers; --depth {deeper} shows more")
+    if depth is None and chosen is not None:
+        out().print(f"blocks, as by --depth {chosen}; --depth {chosen + 1} shows more of them")
 
 
 def _layers(report: ModelReport, rows: Sequence[Layer]) -> Table:

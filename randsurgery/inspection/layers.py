@@ -135,8 +135,6 @@ def _learned(entry: Entry, member: Member, name: str) -> tuple[int | None, str]:
         return entry.size, "mask"
     if isinstance(last, SliceOverlay) and len(own.added) == 1:
         return _slice_size(entry.shape, last.dim, last.count), "slice"
-    if isinstance(last, ScatterOverlay) and len(own.added) == 1:
-        return last.count, "survivors"
     return entry.size, "whole"
 
 

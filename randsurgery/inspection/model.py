@@ -29,7 +29,7 @@ from randsurgery.inspection.layers import (
     total,
 )
 
-ROWS = 40
+ROWS, FEW, MOST = 40, 6, 120
 """Layers that fit at a glance; where there are more, they are shown by block."""
 
 
@@ -108,17 +108,18 @@ class ModelReport:
 
         return [layer_from(name, found[name]) for name in sorted(found, key=place)]
 
-    def fitting_depth(self, rows: int = ROWS) -> int | None:
-        """The greatest depth of at most ``rows`` blocks; None if all layers fit, or if none does:
-        then names have no blocks to speak of."""
+    def fitting_depth(self) -> int | None:
+        """How deep to look at a glance: None, every layer, if all fit or if names have no blocks to
+        speak of; else the greatest depth of at most ``ROWS`` rows, or of ``MOST`` where that would
+        show ``FEW`` only, as of a long row of equal blocks."""
         names = {layer_of(tensor.name) for tensor in self.tensors}
-        if len(names) <= rows:
+        if len(names) <= ROWS:
             return None
-        fitting = None
-        for depth in range(1, max(name.count(".") + 1 for name in names)):
-            if len({".".join(name.split(".")[:depth]) for name in names}) > rows:
-                break
-            fitting = depth
+        depths = range(1, max(name.count(".") + 1 for name in names))
+        rows = {depth: len({".".join(n.split(".")[:depth]) for n in names}) for depth in depths}
+        fitting = max((depth for depth in depths if rows[depth] <= ROWS), default=None)
+        if fitting is not None and rows[fitting] <= FEW and rows.get(fitting + 1, MOST + 1) <= MOST:
+            fitting += 1
         return fitting
 
     def to_json(self, depth: int | None = None) -> dict[str, Any]:

@@ -25,24 +25,26 @@ from randsurgery.format.writing import (
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """The checks of one file; ``ok`` if all agreed. ``fault``: why it could not be checked;
-    ``foreign``: it is a safetensors file, but not one of randsurgery, so that nothing was checked.
-    """
+    """The checks of one file; ``ok`` if all agreed. ``networks``: a check a member, that its
+    architecture fits, None if that was not asked, empty if the file names none. ``fault``: why
+    the file could not be checked; ``foreign``: it is a safetensors file, but not one of
+    randsurgery, so that nothing was checked."""
 
     file: str
     checks: tuple[Check, ...]
+    networks: tuple[Check, ...] | None = None
     fault: str | None = None
     foreign: bool = False
 
     @property
     def ok(self) -> bool:
-        """True if every digest agreed."""
-        return self.fault is None and all(check.ok for check in self.checks)
+        """True if every digest agreed and every network fits."""
+        return self.fault is None and not self.failures
 
     @property
     def failures(self) -> tuple[Check, ...]:
         """The checks that did not agree."""
-        return tuple(check for check in self.checks if not check.ok)
+        return tuple(c for c in (*self.checks, *(self.networks or ())) if not c.ok)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, with ``ok``, the number of checks, and the failures."""
@@ -52,6 +54,8 @@ class VerifyReport:
             "checks": len(self.checks),
             "failures": [asdict(check) for check in self.failures],
         }
+        if self.networks is not None:
+            found["networks"] = len(self.networks)
         if self.fault is not None:
             found["fault"] = self.fault
         if self.foreign:
@@ -77,10 +81,8 @@ def verify_file(
     Raises FileFormatError if unreadable."""
     with read_checkpoint(path, base=base) as checkpoint:
         assert checkpoint.path is not None
-        checks = verify(checkpoint)
-        if architecture:
-            checks += check_architecture(checkpoint)
-        return VerifyReport(checkpoint.path.name, tuple(checks))
+        networks = tuple(check_architecture(checkpoint)) if architecture else None
+        return VerifyReport(checkpoint.path.name, tuple(verify(checkpoint)), networks)
 
 
 def check_architecture(checkpoint: Checkpoint) -> list[Check]:
