@@ -250,14 +250,10 @@ def _facts(report: ModelReport) -> list[tuple[str, str]]:
 def _counts(report: ModelReport) -> list[tuple[str, str]]:
     count, dtypes = len(report.tensors), sorted({t.dtype for t in report.tensors})
     layers = len(report.layers())
-    held = f", {report.buffers:,} more in buffers" if report.buffers else ""
-    facts = [
-        (
-            "parameters",
-            f"{report.parameters:,} in {count:,} tensors of {layers:,} layers"
-            f" ({', '.join(dtypes)}){held}",
-        )
-    ]
+    told = f"{report.parameters:,} in {count:,} tensors of {layers:,} layers ({', '.join(dtypes)})"
+    facts = [("parameters", told)]
+    if report.buffers:
+        facts.append(("buffers", f"{report.buffers:,} elements: running statistics and the like"))
     if report.member is not None:
         planned = report.shown is not None and report.shown.planned
         facts.append(("learned", _told_learned(report.learned, report.masked, planned)))

@@ -3,6 +3,7 @@ safetensors file, sharded ones by their index, and tensors that another program'
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,10 +11,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from randsurgery.errors import FileFormatError
-from randsurgery.format.canonical import strict_json
+from randsurgery.format.canonical import canonical_json, strict_json
 from randsurgery.format.checkpoint import METADATA_KEY, parse_recipe, payload_names
 from randsurgery.format.container import MAX_HEADER, Container, TensorInfo
-from randsurgery.format.recipe import Recipe
+from randsurgery.format.recipe import Member, Recipe
 from randsurgery.format.tensors import RawTensor
 
 Kind = Literal["randsurgery", "safetensors", "sharded safetensors", "torch.save"]
@@ -112,3 +113,15 @@ def _weight_map(path: Path) -> dict[str, str]:
                 f"{path.name}: {part!r} is not a bare name ending in .safetensors"
             )
     return places
+
+
+def header_text(member: Member, names: list[str], infos: Mapping[str, TensorInfo]) -> int:
+    """Bytes that a member takes in the header: its part of the recipe, which is a string there,
+    and its payloads' entries."""
+    recipe = json.dumps(canonical_json(member.to_json()).decode("ascii"))
+    entries = 0
+    for name in names:
+        info = infos[name]
+        about = {"dtype": info.dtype, "shape": info.shape, "data_offsets": [info.start, info.stop]}
+        entries += len(json.dumps({name: about}, separators=(",", ":"))) - 1
+    return len(recipe) - 1 + entries

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import io
-import json
 import os
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from randsurgery.format.canonical import canonical_json
 from randsurgery.format.checkpoint import finished_bytes, payload_names, read_checkpoint
-from randsurgery.format.container import Container, TensorInfo, write_atomically
+from randsurgery.format.container import Container, write_atomically
 from randsurgery.format.fields import SHARED
 from randsurgery.format.members import fault_of
 from randsurgery.format.recipe import Member
+from randsurgery.inspection.headers import header_text
 
 
 @dataclass(frozen=True)
@@ -102,18 +100,6 @@ def list_members(path: str | os.PathLike[str]) -> MembersReport:
             members=tuple(rows),
             fault=fault_of(checkpoint, SHARED),
         )
-
-
-def header_text(member: Member, names: list[str], infos: Mapping[str, TensorInfo]) -> int:
-    """Bytes that a member takes in the header: its part of the recipe, which is a string there,
-    and its payloads' entries."""
-    recipe = json.dumps(canonical_json(member.to_json()).decode("ascii"))
-    entries = 0
-    for name in names:
-        info = infos[name]
-        about = {"dtype": info.dtype, "shape": info.shape, "data_offsets": [info.start, info.stop]}
-        entries += len(json.dumps({name: about}, separators=(",", ":"))) - 1
-    return len(recipe) - 1 + entries
 
 
 def _accuracy(member: Member) -> float | None:

@@ -15,8 +15,7 @@ from randsurgery.format.fields import SHARED
 from randsurgery.format.rebuild import payload_name, sentence
 from randsurgery.format.recipe import Member, Recipe
 from randsurgery.format.tensors import RawTensor, byte_count
-from randsurgery.inspection.headers import Header, header_of, read_header
-from randsurgery.inspection.members import header_text
+from randsurgery.inspection.headers import Header, header_of, header_text, read_header
 
 SHOWN = 24
 """Parts that a chart shows; the smallest are put together."""
@@ -226,16 +225,18 @@ def plot_storage(report: StorageReport, path: str | os.PathLike[str]) -> None:
     parts = report.breakdown()
     figure = Figure(figsize=(9, max(2.6, 1.2 + 0.24 * len(parts))), layout="constrained")
     figure.suptitle(for_picture(report.file), fontsize=10, parse_math=False)
-    for axes, rows in zip(figure.subplots(1, 2), (report.whole(), parts), strict=True):
+    charts = (("against dense", report.whole()), ("what the file holds", parts))
+    for axes, (title, rows) in zip(figure.subplots(1, 2), charts, strict=True):
         places = range(len(rows))
         sizes = [size for _, size in rows]
         unit, scale = _unit(max(sizes, default=0))
         bars = axes.barh(places, [size / scale for size in sizes])
         axes.bar_label(bars, [f"{size / scale:,.2f}" for size in sizes], padding=3, fontsize=8)
         axes.set_yticks(places, [for_picture(name) for name, _ in rows], parse_math=False)
+        axes.set_title(title, fontsize=10)
         axes.set_xlabel(unit)
         axes.margins(x=0.18)
-        axes.invert_yaxis()
+        axes.set_ylim(max(len(parts), 2) - 0.5, -0.5)  # bars of one thickness, from the top
         axes.spines[["top", "right"]].set_visible(False)
     picture = io.BytesIO()
     figure.savefig(picture, format=Path(path).suffix.lower().removeprefix("."), dpi=150)
