@@ -137,10 +137,12 @@ def test_commands_do_not_import_each_other() -> None:
         "cli.predicting",
         "cli.render",
         "cli.running",
+        "cli.tables",
     }
     for name in commands:
         assert not set(own_imports(MODULES[name])) & commands, name
-    assert set(own_imports(MODULES["cli.render"])) & {*commands, "cli.app"} == set()
+    for shared in ("cli.render", "cli.tables"):
+        assert set(own_imports(MODULES[shared])) & {*commands, "cli.app"} == set()
 
 
 # --- who may import what from outside ------------------------------------------------------------
@@ -206,7 +208,8 @@ for arguments in ([], ["popup"], ["inspect", "storage"], ["eval"]):
 
 
 @pytest.mark.parametrize(
-    "package", ["format.checkpoint", "inspection.storage", "inspection.verify"]
+    "package",
+    ["format.checkpoint", "inspection.storage", "inspection.verify", "inspection.model"],
 )
 def test_reading_a_file_imports_no_torch(package: str) -> None:
     loaded = run(f"import randsurgery.{package}")

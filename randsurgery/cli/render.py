@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -16,7 +17,6 @@ from randsurgery.cli.common import clean, err, note, out, size, verbosity
 if TYPE_CHECKING:
     from randsurgery.inspection.members import MembersReport
     from randsurgery.inspection.storage import StorageReport, TensorStorage
-    from randsurgery.inspection.verify import VerifyReport
     from randsurgery.jobs.ensembles import Scored
     from randsurgery.surgery.plans import LayerCount
     from randsurgery.training.loop import Hooks
@@ -31,6 +31,14 @@ def table(*columns: str, right: tuple[int, ...] = ()) -> Table:
         else:
             made.add_column(name, overflow="fold")
     return made
+
+
+def show(made: Table) -> None:
+    """A table: folded to a terminal's width; in a pipe a row is a line, however long its names."""
+    console = out()
+    if not sys.stdout.isatty():
+        console.width = 10_000
+    console.print(made)
 
 
 def show_storage(report: StorageReport, *, tensors: bool) -> None:
@@ -50,12 +58,18 @@ def show_storage(report: StorageReport, *, tensors: bool) -> None:
         made.add_row("popup scores", *blank, f"{report.score_bytes:,}", "")
     made.add_row("header", *blank, f"{report.header_bytes:,}", "")
     made.add_row("file", *blank, f"{report.bytes:,}", f"{report.dense_bytes:,}")
-    console.print(made)
-    ratio = report.ratio
-    compared = f"{ratio:.1f}x smaller" if ratio >= 1 else f"{1 / ratio:.2f}x as large"
+    show(made)
     console.print(
-        f"{clean(report.file)}: {size(report.bytes)}, dense {size(report.dense_bytes)}, {compared}"
+        f"{clean(report.file)}: {size(report.bytes)}, dense {size(report.dense_bytes)}, "
+        f"{compared(report.ratio)}"
     )
+
+
+def compared(ratio: float) -> str:
+    """Dense bytes over bytes, in words."""
+    if not ratio:
+        return "nothing to compare"
+    return f"{ratio:.1f}x smaller" if ratio >= 1 else f"{1 / ratio:.2f}x as large"
 
 
 def _tensor_name(row: TensorStorage, report: StorageReport) -> str:
@@ -65,19 +79,6 @@ def _tensor_name(row: TensorStorage, report: StorageReport) -> str:
 
 def _shape(row: TensorStorage) -> str:
     return "x".join(str(dim) for dim in row.shape) or "scalar"
-
-
-def show_verify(report: VerifyReport) -> None:
-    """One line if all agreed, else the checks that failed."""
-    console = out()
-    if report.ok:
-        console.print(f"{clean(report.file)}: {len(report.checks)} digests agree")
-        return
-    for check in report.failures:
-        console.print(clean(f"{check.what}: {check.detail}"))
-    console.print(
-        f"{clean(report.file)}: {len(report.failures)} of {len(report.checks)} digests differ"
-    )
 
 
 def show_layers(layers: Sequence[LayerCount]) -> None:

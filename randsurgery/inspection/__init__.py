@@ -1,8 +1,12 @@
-"""Files -> reports. Reads headers alone wherever they answer the question; never imports torch.
+"""Files -> reports. Reads headers alone wherever they answer the question; never imports torch,
+but for what builds a network (``verify.check_architecture``).
 
-storage   where a file's bytes go, against a dense file
-verify    every digest of a file
+headers   what a file says of its tensors, whoever wrote it
+verify    every digest of a file, or of all files in a folder
 members   what each member of a file adds
+storage   where a file's bytes go, against a dense file
+layers    tensors and layers as a header shows them
+model     the network layer by layer
 curves    the records of a run, as a picture
 grouping  tensors by block, selected by pattern
 floats    tensors of any dtype as numbers

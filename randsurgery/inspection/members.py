@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import io
-import json
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from randsurgery.format.canonical import canonical_json
 from randsurgery.format.checkpoint import finished_bytes, payload_names, read_checkpoint
 from randsurgery.format.container import Container, write_atomically
 from randsurgery.format.fields import SHARED
 from randsurgery.format.members import fault_of
 from randsurgery.format.recipe import Member
+from randsurgery.inspection.headers import header_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -87,7 +86,7 @@ def list_members(path: str | os.PathLike[str]) -> MembersReport:
             rows.append(
                 MemberRow(
                     name=member.name,
-                    bytes=payload + _header_text(member, names, file),
+                    bytes=payload + header_text(member, names, file.infos),
                     payload_bytes=payload,
                     dense_bytes=finished_bytes(recipe, member),
                     tensors=len(member.tensors),
@@ -111,18 +110,6 @@ def list_members(path: str | os.PathLike[str]) -> MembersReport:
             fault=fault_of(checkpoint, SHARED),
             bases=tuple(sorted(ref.file or key for key, ref in recipe.bases.items())),
         )
-
-
-def _header_text(member: Member, names: list[str], file: Container) -> int:
-    """Bytes that a member takes in the header: its part of the recipe, which is a string there,
-    and its payloads' entries."""
-    recipe = json.dumps(canonical_json(member.to_json()).decode("ascii"))
-    entries = 0
-    for name in names:
-        info = file.infos[name]
-        about = {"dtype": info.dtype, "shape": info.shape, "data_offsets": [info.start, info.stop]}
-        entries += len(json.dumps({name: about}, separators=(",", ":"))) - 1
-    return len(recipe) - 1 + entries
 
 
 def _accuracy(member: Member) -> float | None:

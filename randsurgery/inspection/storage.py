@@ -1,16 +1,24 @@
-"""Where a file's bytes go: tensor by tensor, by what makes it, and against a dense file."""
+"""Where a file's bytes go: by tensor, by what makes them, by member, and against a dense file."""
 
 from __future__ import annotations
 
+import io
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
-from randsurgery.format.checkpoint import METADATA_KEY, parse_recipe, step_payloads
-from randsurgery.format.container import Container
+from randsurgery.format.checkpoint import payload_names, step_payloads
+from randsurgery.format.container import TensorInfo, write_atomically
+from randsurgery.format.fields import SHARED
 from randsurgery.format.rebuild import payload_name, sentence
 from randsurgery.format.recipe import Member, Recipe
-from randsurgery.format.tensors import byte_count
+from randsurgery.format.tensors import RawTensor, byte_count
+from randsurgery.inspection.headers import Header, header_of, header_text, read_header
+
+SHOWN = 24
+"""Parts that a chart shows; the smallest are put together."""
 
 
 @dataclass(frozen=True)
@@ -33,20 +41,50 @@ class TensorStorage:
 
 
 @dataclass(frozen=True)
+class MemberStorage:
+    """One member. ``bytes``: what it adds to the file, its payloads and what the header says of
+    it; ``payload_bytes``: the former alone; ``dense_bytes``: its network stored whole."""
+
+    name: str
+    bytes: int
+    payload_bytes: int
+    dense_bytes: int
+    tensors: int
+
+    @property
+    def header_bytes(self) -> int:
+        """What the header says of it."""
+        return self.bytes - self.payload_bytes
+
+
+@dataclass(frozen=True)
 class StorageReport:
-    """A file's bytes. ``dense_bytes`` is what its tensors take stored whole, each member's own."""
+    """A file's bytes. ``dense_bytes`` is what its tensors take stored whole, each member's own.
+
+    ``shared_bytes``: payloads that all members have in common. ``members`` is empty for files of
+    others; ``parts``: how many files a sharded one has.
+    """
 
     file: str
+    kind: str
     bytes: int
     dense_bytes: int
     header_bytes: int
     score_bytes: int
+    shared_bytes: int
     tensors: tuple[TensorStorage, ...]
+    members: tuple[MemberStorage, ...] = ()
+    parts: int = 1
 
     @property
     def ratio(self) -> float:
         """Dense bytes over bytes."""
         return self.dense_bytes / max(1, self.bytes)
+
+    @property
+    def shared_header_bytes(self) -> int:
+        """What the header says of no member."""
+        return self.header_bytes - sum(member.header_bytes for member in self.members)
 
     def groups(self) -> list[tuple[str, int, int, int]]:
         """(what makes them, tensors, bytes, dense bytes), largest dense part first."""
@@ -59,41 +97,97 @@ class StorageReport:
         rows = [(name, row[0], row[1], row[2]) for name, row in found.items()]
         return sorted(rows, key=lambda row: (-row[3], row[0]))
 
+    def whole(self) -> list[tuple[str, int]]:
+        """(what, bytes): as many dense files, and this one."""
+        count = len(self.members)
+        dense = f"{count} dense files" if count > 1 else "a dense file"
+        return [(dense, self.dense_bytes), ("this file", self.bytes)]
+
+    def breakdown(self) -> list[tuple[str, int]]:
+        """(what, bytes) of the parts of the file, which add up to it: members and what they share,
+        or, of one network, what makes its tensors. At most ``SHOWN`` and what is left."""
+        if len(self.members) > 1:
+            rest = [("shared", self.shared_bytes + self.shared_header_bytes)]
+            parts = [(member.name, member.bytes) for member in self.members]
+            what = "further members"
+        else:
+            parts = [(name, stored) for name, _, stored, _ in self.groups() if stored]
+            rest = [("popup scores", self.score_bytes)] if self.score_bytes else []
+            rest.append(("header", self.header_bytes))
+            what = "further kinds"
+        if len(parts) > SHOWN or len(self.members) < 2:
+            parts.sort(key=lambda part: -part[1])
+        if len(parts) > SHOWN:
+            left = sum(size for _, size in parts[SHOWN:])
+            parts = [*parts[:SHOWN], (f"{len(parts) - SHOWN} {what}", left)]
+        return rest + parts if len(self.members) > 1 else parts + rest
+
     def to_json(self) -> dict[str, Any]:
         """Plain values, with ``ratio``."""
         return {**asdict(self), "ratio": self.ratio}
 
 
-def storage(path: str | os.PathLike[str]) -> StorageReport:
-    """Report on any safetensors file from its header alone. Raises FileFormatError."""
-    with Container(path) as file:
-        sizes = {name: info.stop - info.start for name, info in file.infos.items()}
-        if METADATA_KEY in file.metadata:
-            recipe = parse_recipe(file.metadata[METADATA_KEY], file.path.name)
-            rows, scores = _recipe_rows(recipe, sizes)
-        else:
-            rows, scores = _foreign_rows(file), 0
-        return StorageReport(
-            file=file.path.name,
-            bytes=file.size,
-            dense_bytes=sum(row.dense_bytes for row in rows),
-            header_bytes=file.header_bytes,
-            score_bytes=scores,
-            tensors=tuple(rows),
+def storage(
+    path: str | os.PathLike[str], tensors: Mapping[str, RawTensor] | None = None
+) -> StorageReport:
+    """Report on any safetensors file from its header alone, or on a sharded one from its index.
+
+    ``tensors``: what a file of another format holds, read by whoever can. Raises FileFormatError.
+    """
+    header = read_header(path) if tensors is None else header_of(path, tensors)
+    recipe = header.recipe
+    sizes = {name: info.stop - info.start for name, info in header.infos.items()}
+    rows, scores, shared = _foreign_rows(header.infos), 0, 0
+    if recipe is not None:
+        rows, scores = _recipe_rows(recipe, sizes)
+        shared = sum(sizes[name] for name in payload_names(recipe, SHARED))
+    return StorageReport(
+        file=header.file,
+        kind=header.kind,
+        bytes=header.bytes,
+        dense_bytes=sum(row.dense_bytes for row in rows),
+        header_bytes=header.header_bytes,
+        score_bytes=scores,
+        shared_bytes=shared,
+        tensors=tuple(rows),
+        members=_members(header, sizes, rows),
+        parts=header.parts,
+    )
+
+
+def _members(
+    header: Header, sizes: Mapping[str, int], tensors: list[TensorStorage]
+) -> tuple[MemberStorage, ...]:
+    recipe, rows, dense = header.recipe, [], dict[str, int]()
+    for tensor in tensors:
+        dense[tensor.member] = dense.get(tensor.member, 0) + tensor.dense_bytes
+    for member in recipe.members if recipe is not None else ():
+        assert recipe is not None
+        names = list(payload_names(recipe, member.name))
+        payload = sum(sizes[name] for name in names)
+        rows.append(
+            MemberStorage(
+                name=member.name,
+                bytes=payload + header_text(member, names, header.infos),
+                payload_bytes=payload,
+                dense_bytes=dense.get(member.name, 0),
+                tensors=len(member.tensors),
+            )
         )
+    return tuple(rows)
 
 
-def _foreign_rows(file: Container) -> list[TensorStorage]:
+def _foreign_rows(infos: Mapping[str, TensorInfo]) -> list[TensorStorage]:
     return [
         TensorStorage(
             "", name, info.dtype, info.shape, "stored", (), info.stop - info.start,
             info.stop - info.start,
         )
-        for name, info in sorted(file.infos.items())
+        for name, info in sorted(infos.items())
     ]  # fmt: skip
 
 
-def _recipe_rows(recipe: Recipe, sizes: dict[str, int]) -> tuple[list[TensorStorage], int]:
+def _recipe_rows(recipe: Recipe, sizes: Mapping[str, int]) -> tuple[list[TensorStorage], int]:
     rows, scores, counted = [], 0, set[str]()
     for member in recipe.members:
         for name in recipe.tensor_names(member):
@@ -103,13 +197,13 @@ def _recipe_rows(recipe: Recipe, sizes: dict[str, int]) -> tuple[list[TensorStor
 
 
 def _row(
-    recipe: Recipe, member: Member, name: str, sizes: dict[str, int], counted: set[str]
+    recipe: Recipe, member: Member, name: str, sizes: Mapping[str, int], counted: set[str]
 ) -> TensorStorage:
     owner, entry, steps = sentence(recipe, member, name)
     slots = {payload_name(owner, name, "source")}
     for who, index, overlay in steps:
         slots |= set(step_payloads(name, who, index, overlay))
-    fresh = (slots & set(sizes)) - counted
+    fresh = (slots & sizes.keys()) - counted
     counted |= fresh
     return TensorStorage(
         member=member.name,
@@ -121,3 +215,43 @@ def _row(
         bytes=sum(sizes[p] for p in fresh),
         dense_bytes=byte_count(entry.dtype, entry.shape),
     )
+
+
+def plot_storage(report: StorageReport, path: str | os.PathLike[str]) -> None:
+    """Two bar charts, to a .png, .svg or .pdf file: the file against dense ones, and its parts.
+    Raises OutputError."""
+    from matplotlib.figure import Figure
+
+    parts = report.breakdown()
+    figure = Figure(figsize=(9, max(2.6, 1.2 + 0.24 * len(parts))), layout="constrained")
+    figure.suptitle(for_picture(report.file), fontsize=10, parse_math=False)
+    charts = (("against dense", report.whole()), ("what the file holds", parts))
+    for axes, (title, rows) in zip(figure.subplots(1, 2), charts, strict=True):
+        places = range(len(rows))
+        sizes = [size for _, size in rows]
+        unit, scale = _unit(max(sizes, default=0))
+        bars = axes.barh(places, [size / scale for size in sizes])
+        axes.bar_label(bars, [f"{size / scale:,.2f}" for size in sizes], padding=3, fontsize=8)
+        axes.set_yticks(places, [for_picture(name) for name, _ in rows], parse_math=False)
+        axes.set_title(title, fontsize=10)
+        axes.set_xlabel(unit)
+        axes.margins(x=0.18)
+        axes.set_ylim(max(len(parts), 2) - 0.5, -0.5)  # bars of one thickness, from the top
+        axes.spines[["top", "right"]].set_visible(False)
+    picture = io.BytesIO()
+    figure.savefig(picture, format=Path(path).suffix.lower().removeprefix("."), dpi=150)
+    write_atomically(path, iter([picture.getvalue()]))
+
+
+def _unit(largest: int) -> tuple[str, float]:
+    return next(
+        ((name, size) for name, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)) if largest >= size),
+        ("bytes", 1.0),
+    )
+
+
+def for_picture(name: str) -> str:
+    """A name from a file as a picture's font can show it, cut to what fits; to be drawn with
+    ``parse_math=False``, since $ would begin a formula."""
+    plain = name.encode("unicode_escape").decode("ascii")
+    return plain if len(plain) <= 60 else plain[:57] + "..."

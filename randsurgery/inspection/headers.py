@@ -1,0 +1,127 @@
+"""What a file says of its tensors before one of them is read: files of randsurgery, any other
+safetensors file, sharded ones by their index, and tensors that another program's file held."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from randsurgery.errors import FileFormatError
+from randsurgery.format.canonical import canonical_json, strict_json
+from randsurgery.format.checkpoint import METADATA_KEY, parse_recipe, payload_names
+from randsurgery.format.container import MAX_HEADER, Container, TensorInfo
+from randsurgery.format.recipe import Member, Recipe
+from randsurgery.format.tensors import RawTensor
+
+Kind = Literal["randsurgery", "safetensors", "sharded safetensors", "torch.save"]
+
+INDEX = ".safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class Header:
+    """A file without its tensors. ``file``: its bare name; ``bytes``: of all its parts, of which
+    ``header_bytes`` are no tensor's. ``recipe``: of a file of randsurgery."""
+
+    file: str
+    kind: Kind
+    bytes: int
+    header_bytes: int
+    infos: Mapping[str, TensorInfo]
+    metadata: Mapping[str, str]
+    recipe: Recipe | None = None
+    parts: int = 1
+
+
+def read_header(path: str | os.PathLike[str]) -> Header:
+    """The header of a safetensors file, or those of all parts of a ``.safetensors.index.json``.
+
+    Raises FileFormatError.
+    """
+    if Path(path).name.endswith(INDEX):
+        return _sharded(Path(path))
+    with Container(path) as file:
+        recipe = None
+        if METADATA_KEY in file.metadata:
+            recipe = parse_recipe(file.metadata[METADATA_KEY], file.path.name)
+            if missing := sorted(set(payload_names(recipe)) - set(file.infos)):
+                raise FileFormatError(f"{file.path.name}: payload {missing[0]!r} is missing")
+        return Header(
+            file=file.path.name,
+            kind="safetensors" if recipe is None else "randsurgery",
+            bytes=file.size,
+            header_bytes=file.header_bytes,
+            infos=file.infos,
+            metadata=file.metadata,
+            recipe=recipe,
+        )
+
+
+def header_of(path: str | os.PathLike[str], tensors: Mapping[str, RawTensor]) -> Header:
+    """The same of a file whose tensors were read already, as those of ``torch.save`` must be."""
+    infos, at = {}, 0
+    for name, tensor in tensors.items():
+        infos[name] = TensorInfo(tensor.dtype, tensor.shape, at, at + tensor.nbytes)
+        at += tensor.nbytes
+    size = os.path.getsize(path)
+    return Header(Path(path).name, "torch.save", size, max(0, size - at), infos, {})
+
+
+def _sharded(path: Path) -> Header:
+    """All parts that an index names; each lies beside it, under a bare name."""
+    places = _weight_map(path)
+    infos: dict[str, TensorInfo] = {}
+    size = rest = path.stat().st_size
+    parts = sorted(set(places.values()))
+    for part in parts:
+        with Container(path.parent / part) as file:
+            if METADATA_KEY in file.metadata:
+                raise FileFormatError(f"{path.name}: {part!r} is a file of randsurgery, no part")
+            size, rest = size + file.size, rest + file.header_bytes
+            if twice := sorted(set(infos) & set(file.infos)):
+                raise FileFormatError(f"{path.name}: {twice[0]!r} lies in two parts")
+            infos.update(file.infos)
+            here = {name for name, place in places.items() if place == part}
+            if missing := sorted(here - set(file.infos)):
+                raise FileFormatError(f"{path.name}: {missing[0]!r} is not in {part}")
+    return Header(path.name, "sharded safetensors", size, rest, infos, {}, None, len(parts))
+
+
+def _weight_map(path: Path) -> dict[str, str]:
+    """File name by tensor, as an index has it. Raises FileFormatError."""
+    try:
+        if path.stat().st_size > MAX_HEADER:
+            raise FileFormatError(f"{path.name}: no index of a sharded file (over 100 MB)")
+        found: Any = strict_json(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileFormatError(f"{path}: no such file") from None
+    except OSError as error:
+        raise FileFormatError(f"{path}: cannot be opened ({error.strerror})") from None
+    except ValueError as error:
+        raise FileFormatError(f"{path.name}: the index is not valid JSON ({error})") from None
+    places = found.get("weight_map") if isinstance(found, dict) else None
+    if not isinstance(places, dict) or not all(isinstance(v, str) for v in places.values()):
+        raise FileFormatError(f"{path.name}: the index has no weight_map of names to files")
+    for part in places.values():
+        bare = part == Path(part).name and not set(part) & set("/\\:\0")
+        if not bare or not part.endswith(".safetensors"):
+            raise FileFormatError(
+                f"{path.name}: {part!r} is not a bare name ending in .safetensors"
+            )
+    return places
+
+
+def header_text(member: Member, names: list[str], infos: Mapping[str, TensorInfo]) -> int:
+    """Bytes that a member takes in the header: its part of the recipe, which is a string there,
+    and its payloads' entries."""
+    recipe = json.dumps(canonical_json(member.to_json()).decode("ascii"))
+    entries = 0
+    for name in names:
+        info = infos[name]
+        about = {"dtype": info.dtype, "shape": info.shape, "data_offsets": [info.start, info.stop]}
+        entries += len(json.dumps({name: about}, separators=(",", ":"))) - 1
+    return len(recipe) - 1 + entries
