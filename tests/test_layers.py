@@ -137,6 +137,7 @@ def test_commands_do_not_import_each_other() -> None:
         "cli.predicting",
         "cli.render",
         "cli.running",
+        "cli.weight_tables",
     }
     for name in commands:
         assert not set(own_imports(MODULES[name])) & commands, name
@@ -206,7 +207,8 @@ for arguments in ([], ["popup"], ["inspect", "storage"], ["eval"]):
 
 
 @pytest.mark.parametrize(
-    "package", ["format.checkpoint", "inspection.storage", "inspection.verify"]
+    "package",
+    ["format.checkpoint", "inspection.storage", "inspection.verify", "inspection.weight_plots"],
 )
 def test_reading_a_file_imports_no_torch(package: str) -> None:
     loaded = run(f"import randsurgery.{package}")

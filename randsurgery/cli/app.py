@@ -20,6 +20,7 @@ from randsurgery.cli import (
     predict,
     together,
     train,
+    weights,
 )
 
 EXIT_CODES = (
@@ -64,6 +65,7 @@ app.command("convert")(convert.convert)
 ensemble.app.command("eval")(together.evaluate)
 ensemble.app.command("predict")(together.predict)
 ensemble.app.command("calibrate")(together.calibrate)
+inspect.app.command("weights")(weights.weights)
 app.add_typer(ensemble.app, name="ensemble")
 app.add_typer(inspect.app, name="inspect")
 
