@@ -19,7 +19,7 @@ F64 = npt.NDArray[np.float64]
 Fetch = Callable[[int, int], npt.NDArray[Any]]
 """(start, stop) -> these elements of a tensor, flat, as its dtype stores them. Shape (n,)."""
 
-BLOCK = 1 << 16
+BLOCK = 1 << 17
 """Elements at a time."""
 
 
@@ -104,6 +104,11 @@ class _Sums:
         )  # fmt: skip
 
 
+_quiet = np.errstate(all="ignore")
+"""Sums beyond float64 are infinite, and what comes of them NaN."""
+
+
+@_quiet
 def summarise(dtype: str, shape: tuple[int, ...], fetch: Fetch) -> Summary:
     """The statistics of a whole tensor."""
     sums, norms = _Sums(), _no_norms(shape)
@@ -116,6 +121,7 @@ def summarise(dtype: str, shape: tuple[int, ...], fetch: Fetch) -> Summary:
     return sums.summary(norms)
 
 
+@_quiet
 def summarise_parts(
     dtype: str,
     shape: tuple[int, ...],
@@ -162,21 +168,20 @@ def _blocks(shape: tuple[int, ...]) -> Iterator[tuple[int, int, int, int]]:
 
 def _add(sums: _Sums, values: F64) -> F64:
     """Add a block, which is overwritten. Returns the sums of squares by row. Shape (rows,)."""
-    with np.errstate(over="ignore", invalid="ignore"):  # sums beyond float64 are infinite
-        rows = _squares(values)
-        total = float(rows.sum())
-        if not math.isfinite(total):
-            finite = np.isfinite(values)
-            nan = int(np.isnan(values).sum())
-            lost = values.size - int(finite.sum())
-            sums.nan += nan
-            sums.infinite += lost - nan
-            sums.count += lost
-            if lost:
-                kept = np.where(finite, values, 0.0)
-                rows = _squares(kept)
-                total, values = float(rows.sum()), values[finite]
-        sums.add(values, total)
+    rows = _squares(values)
+    total = float(rows.sum())
+    if not math.isfinite(total):  # else all values are finite
+        finite = np.isfinite(values)
+        nan = int(np.isnan(values).sum())
+        lost = values.size - int(finite.sum())
+        sums.nan += nan
+        sums.infinite += lost - nan
+        sums.count += lost
+        if lost:
+            kept = np.where(finite, values, 0.0)
+            rows = _squares(kept)
+            total, values = float(rows.sum()), values[finite]
+    sums.add(values, total)
     return rows
 
 
@@ -209,6 +214,7 @@ def joined(parts: Iterable[Summary]) -> Summary:
     return sums.summary(np.square(norms) if norms else None)
 
 
+@_quiet
 def histogram(
     dtype: str,
     size: int,
@@ -265,6 +271,5 @@ def as_f64(dtype: str, elements: npt.NDArray[Any], out: F64 | None = None) -> F6
         elements = to_f32(dtype, elements)
     elif dtype == "BOOL":
         elements = elements != 0
-    with np.errstate(invalid="ignore"):  # signalling NaN
-        np.copyto(out, elements)
+    np.copyto(out, elements)
     return out

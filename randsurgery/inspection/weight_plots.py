@@ -96,8 +96,8 @@ def _panel(
             _height(None if layer is None or layer.initial is None else expected(layer.initial))
             for layer in layers
         ]
-        if not any(_agree(start, other) for other, _ in starts):
-            starts.append((start, look["color"]))
+        if any(map(math.isfinite, start)):
+            _join(starts, start, look["color"])
     for start, colour in starts:  # grey if it is everyone's
         axes.plot(
             start,
@@ -118,10 +118,14 @@ def _look(index: int) -> dict[str, Any]:
     return {"color": COLOURS[index % len(COLOURS)], "marker": marker, "markersize": 4}
 
 
-def _agree(first: list[float], second: list[float]) -> bool:
-    """True if two curves are equal wherever both have a height."""
-    pairs = zip(first, second, strict=True)
-    return all(a == b or math.isnan(a) or math.isnan(b) for a, b in pairs)
+def _join(starts: list[tuple[list[float], str]], start: list[float], colour: str) -> None:
+    """Add a curve with its colour, or to one that it agrees with wherever both have a height."""
+    for other, _ in starts:
+        both = [(a, b) for a, b in zip(start, other, strict=True) if not math.isnan(a + b)]
+        if all(a == b for a, b in both):
+            other[:] = [b if math.isnan(a) else a for a, b in zip(start, other, strict=True)]
+            return
+    starts.append((start, colour))
 
 
 def _height(value: float | None) -> float:

@@ -87,7 +87,7 @@ def summary_json(found: Summary, *, norms: bool) -> dict[str, Any]:
     values["norm_min"] = min(every) if every else None
     values["norm_max"] = max(every) if every else None
     if norms:
-        values["norms"] = None if every is None else list(every)
+        values["norms"] = None if every is None else [plain_number(n) for n in every]
     return {key: plain_number(value) for key, value in values.items()}
 
 
