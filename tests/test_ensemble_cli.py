@@ -36,6 +36,7 @@ from randsurgery.cli.options import RunOptions, plan_of
 from randsurgery.jobs import ensembles as ensembles_job
 from randsurgery.jobs.build import BuildPlan, PreparedBuild, prepare_build, run_build
 from randsurgery.jobs.ensembles import calibration_images
+from randsurgery.training import loop
 from randsurgery.training.datasets import open_data
 from randsurgery.training.loop import Hooks
 from randsurgery.training.temperature import mean_nll
@@ -484,6 +485,29 @@ def test_a_build_can_be_stopped_again_and_again(empty: Path, whole: dict[str, by
     stopped("m1", 1, resume="auto")
     stopped("m2", 7, resume="auto")
     assert resumed() == [("m2", step) for step in range(6, 11)]
+    assert Path(E).read_bytes() == whole["plain"]
+
+
+def test_an_interrupted_build_says_where_its_members_are(
+    empty: Path, whole: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step, taken = loop._step, []
+
+    def stop(*arguments: Any) -> Any:
+        taken.append(1)
+        if len(taken) == 13:
+            raise KeyboardInterrupt
+        return step(*arguments)
+
+    monkeypatch.setattr(loop, "_step", stop)
+    result = run(*COMMAND, "-q", "-o", E)
+    assert result.exit_code == 130
+    assert result.stderr == (
+        "interrupted; the members trained so far are in e.parts; --resume auto goes on with the "
+        "same command\n"
+    )
+    succeed(*COMMAND, "--resume", "auto", "-o", E)
+    assert len(taken) == 13 + 18  # two steps of the second member were lost, no more
     assert Path(E).read_bytes() == whole["plain"]
 
 

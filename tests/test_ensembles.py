@@ -690,7 +690,10 @@ def test_the_file_is_closed_if_the_ensemble_cannot_be(
     monkeypatch.setattr(rs.api, "open_checkpoint", recorded)
     with pytest.raises(UsageError, match="no member 'fewer'; near: few"):
         rs.load_ensemble(zoo, members=["fewer"])
-    assert made[0].payloads._file.closed  # type: ignore[attr-defined]
+    with pytest.raises(UsageError, match="one member at least"):
+        rs.load_ensemble(zoo, members=[])
+    assert len(made) == 2
+    assert all(one.payloads._file.closed for one in made)  # type: ignore[attr-defined]
 
 
 def test_a_damaged_member_is_named_when_its_turn_comes(zoo: Path, tmp_path: Path) -> None:

@@ -138,6 +138,7 @@ def test_commands_do_not_import_each_other() -> None:
         "cli.render",
         "cli.running",
         "cli.tables",
+        "cli.weight_tables",
     }
     for name in commands:
         assert not set(own_imports(MODULES[name])) & commands, name
@@ -209,7 +210,13 @@ for arguments in ([], ["popup"], ["inspect", "storage"], ["eval"]):
 
 @pytest.mark.parametrize(
     "package",
-    ["format.checkpoint", "inspection.storage", "inspection.verify", "inspection.model"],
+    [
+        "format.checkpoint",
+        "inspection.storage",
+        "inspection.verify",
+        "inspection.model",
+        "inspection.weight_plots",
+    ],
 )
 def test_reading_a_file_imports_no_torch(package: str) -> None:
     loaded = run(f"import randsurgery.{package}")

@@ -22,6 +22,7 @@ from randsurgery.cli import (
     predict,
     together,
     train,
+    weights,
 )
 
 EXIT_CODES = (
@@ -68,6 +69,7 @@ ensemble.app.command("predict")(together.predict)
 ensemble.app.command("calibrate")(together.calibrate)
 inspect.app.command("masks")(masks.masks)
 inspect.app.command("diff")(diff.diff)
+inspect.app.command("weights")(weights.weights)
 app.add_typer(ensemble.app, name="ensemble")
 app.add_typer(inspect.app, name="inspect")
 

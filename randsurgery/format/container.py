@@ -83,11 +83,26 @@ class Container:
     def read(self, name: str) -> RawTensor:
         """The tensor's bytes, in memory of their own."""
         info = self.infos[name]
-        array = np.empty(info.stop - info.start, dtype=np.uint8)
+        array = self._bytes(info.start, info.stop)
+        if info.dtype == "BOOL" and array.size and int(array.max()) > 1:
+            raise FileFormatError(f"{self.path.name}: {name!r} has BOOL bytes other than 0 and 1")
+        return RawTensor(info.dtype, array.view(STORAGE[info.dtype]).reshape(info.shape))
+
+    def read_part(self, name: str, start: int, stop: int) -> npt.NDArray[Any]:
+        """Elements ``start`` to ``stop`` of a tensor in C order, in memory of their own. Shape
+        (stop - start,), dtype ``STORAGE[dtype]``."""
+        info = self.infos[name]
+        width = STORAGE[info.dtype].itemsize
+        array = self._bytes(info.start + start * width, info.start + stop * width)
+        return array.view(STORAGE[info.dtype])
+
+    def _bytes(self, start: int, stop: int) -> npt.NDArray[np.uint8]:
+        """Bytes of the data section. Shape (stop - start,)."""
+        array = np.empty(stop - start, dtype=np.uint8)
         done = 0
         while done < array.size:
             try:
-                part = self._read_at(self._data + info.start + done, array[done:].data)
+                part = self._read_at(self._data + start + done, array[done:].data)
             except OSError as error:
                 raise FileFormatError(
                     f"{self.path.name}: cannot be read ({error.strerror})"
@@ -95,9 +110,7 @@ class Container:
             if part == 0:
                 raise FileFormatError(f"{self.path.name}: the file became shorter while read")
             done += part
-        if info.dtype == "BOOL" and array.size and int(array.max()) > 1:
-            raise FileFormatError(f"{self.path.name}: {name!r} has BOOL bytes other than 0 and 1")
-        return RawTensor(info.dtype, array.view(STORAGE[info.dtype]).reshape(info.shape))
+        return array
 
     def _read_at(self, position: int, into: memoryview) -> int:
         """Read some bytes at a position; several threads may rebuild from one open file."""

@@ -14,4 +14,9 @@ networks  one network of a file, ours or not: its header's word, and its tensors
 overlap   two masks against each other, and against chance
 masks     what masks keep: densities, dead filters, signs, overlap, bytes against entropy
 diff      two networks: which tensors, filters and bits differ, and by how much
+moments       statistics of one tensor, block by block
+weight_files  any file of weights: its tensors, what was learned of them, how they were drawn
+weights       the weights of networks, layer by layer
+histograms    the values of one layer in bins
+weight_plots  these as pictures
 """

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import pickle
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,9 @@ from randsurgery.format.checkpoint import (
 )
 from randsurgery.format.container import Container
 from randsurgery.format.rebuild import Payloads, check_affordable
+from randsurgery.format.tensors import RawTensor
 from randsurgery.surgery.randomness import borrowed
-from randsurgery.surgery.tensors import from_torch
+from randsurgery.surgery.tensors import NAMES, from_torch
 
 _STATE_KEYS = ("state_dict_ema", "model_ema", "ema", "state_dict", "model")
 """Where training programs put the weights, averaged ones first, as timm looks for them."""
@@ -149,7 +151,40 @@ _NUMPY_SCALARS: list[Any] = [
 ]
 
 
-def _read_pickle(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+@dataclass(frozen=True)
+class MappedState:
+    """The tensors of a .pth in its own order, each by a call; ``about``: their dtypes and shapes;
+    ``skipped``: those that have no plain elements, with the reason."""
+
+    tensors: Mapping[str, Callable[[], RawTensor]]
+    about: Mapping[str, tuple[str, tuple[int, ...]]]
+    skipped: Mapping[str, str]
+
+
+def map_state(path: str | os.PathLike[str]) -> MappedState:
+    """The state dict of a .pth, whose values stay in the file until they are asked for (older
+    formats than torch 1.6 are read at once). Raises FileFormatError or IncompatibleError."""
+    file, archive = Path(path), False
+    if file.is_file():
+        with file.open("rb") as start:
+            archive = start.read(4) == b"PK\x03\x04"
+    tensors: dict[str, Callable[[], RawTensor]] = {}
+    about: dict[str, tuple[str, tuple[int, ...]]] = {}
+    skipped: dict[str, str] = {}
+    for name, tensor in _read_pickle(file, mapped=archive)[0].items():
+        if tensor.dtype not in NAMES or tensor.layout != torch.strided or tensor.is_meta:
+            what = tensor.layout if tensor.layout != torch.strided else tensor.dtype
+            skipped[name] = "without values" if tensor.is_meta else str(what).removeprefix("torch.")
+            continue
+        check_affordable(tensor.numel() * tensor.element_size(), file.name)
+        about[name] = NAMES[tensor.dtype], tuple(tensor.shape)
+        tensors[name] = functools.partial(from_torch, tensor, name)
+    return MappedState(tensors, about, skipped)
+
+
+def _read_pickle(
+    path: Path, *, mapped: bool = False
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """The state dict, and what lies beside it."""
     if path.is_dir():
         raise FileFormatError(f"{path}: is a folder, a checkpoint file is needed")
@@ -160,7 +195,7 @@ def _read_pickle(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     try:
         with torch.serialization.safe_globals(_NUMPY_SCALARS), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's, of formats that are old or seldom
-            found: Any = torch.load(path, map_location="cpu", weights_only=True)
+            found: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except FileNotFoundError:
         raise FileFormatError(f"{path}: no such file") from None
     except pickle.UnpicklingError:

@@ -236,10 +236,12 @@ class Ensemble(nn.Module):
         model: nn.Module | None = None,
         engine: Engine = "auto",
     ) -> None:
-        """Raises UsageError for an unknown member, IncompatibleError for members of several tasks.
+        """Raises UsageError for an unknown member or none, IncompatibleError for several tasks.
         The checkpoint stays in use and is closed by ``close``."""
         super().__init__()
         chosen = members_named(checkpoint, members)
+        if not chosen:
+            raise UsageError("an ensemble has one member at least; leave members out for all")
         check_one_task(checkpoint, chosen)
         self.engine, self.checkpoint = check_engine(engine), checkpoint
         self.members = tuple(member.name for member in chosen)

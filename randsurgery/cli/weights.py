@@ -1,0 +1,305 @@
+"""``randsurgery inspect weights``: the weights of files, layer by layer."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import glob
+import io
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from randsurgery.cli import common
+from randsurgery.cli.common import MODEL, OUTPUT, command, note, print_json
+
+if TYPE_CHECKING:
+    from randsurgery.inspection.weight_files import Network
+    from randsurgery.inspection.weights import WeightsReport
+
+SHOW = "What is shown"
+
+Files = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="FILE...",
+        help="Safetensors files, the .safetensors.index.json of a sharded one, .pth files, or timm "
+        "architectures (their initial distribution).",
+    ),
+]
+Filter = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--filter",
+        metavar="PATTERN",
+        help="Only these layers or blocks, such as layer1 or '*.conv2'; repeatable.",
+        rich_help_panel=SHOW,
+    ),
+]
+Tensors = Annotated[
+    bool,
+    typer.Option(
+        "--tensors", help="Biases, norms and integers, too.", rich_help_panel=SHOW
+    ),
+]  # fmt: skip
+Part = Annotated[
+    str,
+    typer.Option(
+        help="learned, fixed or all values; auto: the learned ones, else those that are kept.",
+        rich_help_panel=SHOW,
+    ),
+]
+Sort = Annotated[
+    str,
+    typer.Option(
+        metavar="KEY",
+        help="layer, name, weights, mean, mean-abs, std, variance, min, max, zeros, norm, or "
+        "change (mean |w| against the expected one).",
+        rich_help_panel=SHOW,
+    ),
+]
+Depth = Annotated[
+    int | None,
+    typer.Option(
+        min=0,
+        help="Group by so many parts of the names; 0: every layer. Default: what fits 40 rows.",
+        rich_help_panel=SHOW,
+    ),
+]
+Expected = Annotated[
+    bool,
+    typer.Option(
+        "--expected",
+        help="The initial distributions alone, from headers: no value is read.",
+        rich_help_panel=SHOW,
+    ),
+]
+Norms = Annotated[
+    bool,
+    typer.Option("--norms", help="The norms of the filters; with --json, every one.",
+                 rich_help_panel=SHOW),
+]  # fmt: skip
+HistogramOf = Annotated[
+    str | None,
+    typer.Option(
+        "--histogram", metavar="LAYER", help="The values of one layer in bins.",
+        rich_help_panel=SHOW,
+    ),
+]  # fmt: skip
+Members = Annotated[
+    list[str] | None,
+    typer.Option("--member", help="Only this member of a file that has several; repeatable.",
+                 rich_help_panel=SHOW),
+]  # fmt: skip
+Plot = Annotated[
+    str | None,
+    typer.Option(metavar="PICTURE", help="Write a figure: .png, .svg, .pdf.",
+                 rich_help_panel=OUTPUT),
+]  # fmt: skip
+Csv = Annotated[
+    str | None,
+    typer.Option("--csv", metavar="TABLE", help="Write every figure of every tensor as CSV.",
+                 rich_help_panel=OUTPUT),
+]  # fmt: skip
+Seed = Annotated[
+    int | None, typer.Option(min=0, help="Seed of an architecture.", rich_help_panel=MODEL)
+]
+
+
+@command
+def weights(
+    files: Files,
+    filter: Filter = None,
+    tensors: Tensors = False,
+    part: Part = "auto",
+    sort: Sort = "layer",
+    depth: Depth = None,
+    expected: Expected = False,
+    norms: Norms = False,
+    histogram: HistogramOf = None,
+    member: Members = None,
+    base: common.BaseOption = None,
+    init: common.InitOption = None,
+    seed: Seed = None,
+    num_classes: common.NumClasses = None,
+    img_size: common.ImgSize = None,
+    in_chans: common.InChans = None,
+    width: common.Width = None,
+    model_kwargs: common.ModelArgs = None,
+    plot: Plot = None,
+    csv: Csv = None,
+    force: common.Force = False,
+    json: common.Json = False,
+    config: common.Config = None,
+    quiet: common.Quiet = False,
+    verbose: common.Verbose = False,
+) -> None:
+    """Mean |w|, deviation, range, zeros and filter norms of every layer.
+
+    Learned values are told from fixed ones, and the initial distribution's own expected values
+    stand beside them. Several files stand side by side; --plot draws them as curves by layer.
+    """
+    from randsurgery.cli import weight_tables
+    from randsurgery.inspection import histograms, weight_files
+    from randsurgery.inspection import weights as inspection
+
+    key = inspection.check_sort(sort)
+    shown = inspection.check_part(part)
+    _check_outputs(files, base, plot, csv, expected=expected, histogram=histogram, force=force)
+    args = common.model_arguments(
+        model_kwargs, num_classes=num_classes, img_size=img_size, in_chans=in_chans, width=width
+    )
+    drawn = {"init": init, "seed": seed, "args": args}
+    with contextlib.ExitStack() as stack:
+        opened = _open(files, stack, base, drawn, values=not expected)
+        networks = weight_files.with_members(opened, member or [])
+        patterns = filter or []
+        if histogram is not None and not filter:
+            patterns = [glob.escape(histograms.find_layer(networks, histogram))]
+        chosen = inspection.chosen(networks, patterns, everything=tensors)
+        reports = [
+            inspection.report_on(network, those, values=not expected)
+            for network, those in zip(networks, chosen, strict=True)
+        ]
+        bins = None if histogram is None else histograms.layer_histogram(networks, histogram)
+    if json:
+        found: dict[str, Any] = {"files": [report.to_json(norms=norms) for report in reports]}
+        print_json(found if bins is None else {**found, "histogram": bins.to_json()})
+    else:
+        level = inspection.fitting_depth(reports) if depth is None else depth
+        weight_tables.show_weights(reports, key, shown, level, expected=expected, norms=norms)
+        if bins is not None:
+            weight_tables.show_histogram(bins)
+    if csv is not None:
+        _write_csv(reports, csv)
+        note(f"written: {csv}")
+    if plot is not None:
+        from randsurgery.inspection import weight_plots
+
+        if bins is not None:
+            weight_plots.plot_histogram(bins, plot, common.clean)
+        else:
+            weight_plots.plot_weights(reports, plot, common.clean, shown=shown, depth=depth or 0)
+        note(f"written: {plot}")
+
+
+def _check_outputs(
+    files: list[str],
+    base: str | None,
+    plot: str | None,
+    csv: str | None,
+    *,
+    expected: bool,
+    histogram: str | None,
+    force: bool,
+) -> None:
+    """Refuse what cannot be written, or asks for values and for none of them, before anything is
+    read. Raises UsageError or OutputError."""
+    from randsurgery.errors import UsageError
+    from randsurgery.format.container import check_not_input, check_output, check_picture
+
+    if expected and histogram is not None:
+        raise UsageError("--expected reads no values, of which --histogram is made")
+    if plot is not None:
+        check_picture(plot, force=force)
+        check_not_input(Path(plot), [*files, base])
+    if csv is not None:
+        check_not_input(check_output(csv, force=force, option="--csv"), [*files, base])
+        if plot is not None and Path(plot).resolve() == Path(csv).resolve():
+            raise UsageError("--plot and --csv name the same file")
+
+
+def _open(
+    files: list[str],
+    stack: contextlib.ExitStack,
+    base: str | None,
+    drawn: dict[str, Any],
+    *,
+    values: bool,
+) -> list[list[Network]]:
+    """The networks of each file or architecture. Raises RandsurgeryError."""
+    from randsurgery.errors import UsageError
+    from randsurgery.inspection.weight_files import looks_like_safetensors, open_networks
+
+    opened: list[list[Network]] = []
+    names = [file for file in files if not _means_file(file)]
+    if (any(v is not None for v in (drawn["init"], drawn["seed"])) or drawn["args"]) and not names:
+        raise UsageError("--init, --seed and model arguments go with an architecture, not a file")
+    for file, title in zip(files, _titles(files), strict=True):
+        if file in names:
+            opened.append(_architecture(file, title, **drawn))
+        elif looks_like_safetensors(file) or file.endswith(".json"):
+            tensors = _base(file, base) if values else None
+            opened.append(open_networks(file, stack, title, base=tensors, values=values))
+        else:
+            opened.append(_pickled(file, title))
+    return opened
+
+
+def _means_file(name: str) -> bool:
+    """True for what lies on the disk, or by its name could only be meant to."""
+    endings = (".safetensors", ".json", ".pth", ".pt", ".bin", ".ckpt", ".tar")
+    return os.path.exists(name) or os.sep in name or name.endswith(endings)
+
+
+def _titles(files: list[str]) -> list[str]:
+    """What to call each file: its name, with its folder where two would be called the same."""
+    names = [Path(file).name or file for file in files]
+    longer = [f if names.count(n) > 1 else n for f, n in zip(files, names, strict=True)]
+    return [
+        f"{name} ({longer[: i + 1].count(name)})" if longer.count(name) > 1 else name
+        for i, name in enumerate(longer)
+    ]
+
+
+def _base(file: str, base: str | None) -> Any:
+    """The base to give: a path, or the tensors of a .pth, which takes torch to be read."""
+    from randsurgery.format.checkpoint import is_safetensors
+    from randsurgery.inspection.verify import pickled_base
+    from randsurgery.inspection.weight_files import builds_on_base
+
+    if not builds_on_base(file):
+        return None
+    found = base or (str(beside) if (beside := pickled_base(file)) else None)
+    if found is None or is_safetensors(found):
+        return found
+    from randsurgery.surgery.bases import given_base
+
+    return given_base(found)
+
+
+def _pickled(file: str, title: str) -> list[Network]:
+    from randsurgery.inspection.weight_files import network_in_memory
+    from randsurgery.surgery.bases import map_state
+
+    state = map_state(file)
+    return [network_in_memory(title, state.tensors, state.about, state.skipped)]
+
+
+def _architecture(
+    name: str, title: str, init: str | None, seed: int | None, args: dict[str, Any]
+) -> list[Network]:
+    from randsurgery.inspection.weight_files import networks_of
+    from randsurgery.surgery.architectures import build_meta, check_name, spec_of
+    from randsurgery.surgery.initialisers import check_init
+    from randsurgery.surgery.recipes import make_recipe
+
+    check_name(name)
+    kind = check_init(init or "signed-constant")
+    made = make_recipe(name, kind, seed=seed or 0, args=args)
+    order = list(build_meta(spec_of(name, args)).state_dict())
+    return networks_of(made, title, order)
+
+
+def _write_csv(reports: Iterable[WeightsReport], path: str) -> None:
+    from randsurgery.format.container import write_atomically
+    from randsurgery.inspection.weights import csv_rows
+
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    for row in csv_rows(reports):
+        writer.writerow([common.clean(cell) if isinstance(cell, str) else cell for cell in row])
+    write_atomically(path, iter([text.getvalue().encode()]))

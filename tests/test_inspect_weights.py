@@ -1,0 +1,568 @@
+"""``inspect weights``: statistics against NumPy's, what is learned, names, tables, plots."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from typer.testing import CliRunner, Result
+
+from randsurgery.cli.app import app
+from randsurgery.format.checkpoint import Checkpoint, read_checkpoint
+from randsurgery.format.container import pack, write_atomically
+from randsurgery.format.rebuild import payload_name, read_mask, sentence
+from randsurgery.format.tensors import RawTensor, from_f32
+from randsurgery.inspection import moments, weight_files
+from randsurgery.inspection.weights import (
+    LayerWeights,
+    WeightsReport,
+    block_of,
+    fitting_depth,
+    in_blocks,
+    in_order,
+    merged,
+)
+
+GOLDEN = Path(__file__).parent / "golden"
+RNG = np.random.Generator(np.random.Philox(0))
+EVIL = "\x1b[31mred[bold]$x^2_$\u202e\n.weight"
+
+
+def normal(*shape: int) -> npt.NDArray[np.float32]:
+    return RNG.standard_normal(shape, dtype=np.float32)
+
+
+def save(path: Path, **tensors: npt.NDArray[Any] | RawTensor) -> Path:
+    raw = {n: t if isinstance(t, RawTensor) else RawTensor.of(t) for n, t in tensors.items()}
+    write_atomically(path, pack(raw, {}))
+    return path
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(app, ["inspect", "weights", *map(str, arguments)])
+
+
+def shown(*arguments: object) -> str:
+    result = run(*arguments)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def found(*arguments: object) -> Any:
+    result = run(*arguments, "--json")
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout, parse_constant=pytest.fail)
+
+
+def layers(*arguments: object) -> dict[str, Any]:
+    return {layer["name"]: layer for layer in found(*arguments)["files"][0]["layers"]}
+
+
+def fails(code: int, *arguments: object) -> str:
+    result = run(*arguments)
+    assert result.exit_code == code, (result.exit_code, result.output)
+    assert result.stdout == ""
+    return result.stderr
+
+
+# --- statistics against NumPy's ------------------------------------------------------------------
+
+
+@np.errstate(over="ignore", invalid="ignore")
+def slow(values: npt.NDArray[np.float64]) -> dict[str, Any]:
+    """The slow, obvious twin: whole arrays in float64."""
+    finite = values[np.isfinite(values)]
+    norms = None
+    if values.ndim > 1 and values.size:
+        kept = np.where(np.isfinite(values), values, 0.0).reshape(len(values), -1)
+        norms = [math.sqrt(math.fsum(x * x for x in row)) for row in kept.tolist()]
+    if not finite.size:
+        return {"count": values.size, "mean": None, "norms": norms}
+    return {
+        "count": values.size, "finite": finite.size, "nan": int(np.isnan(values).sum()),
+        "infinite": int(np.isinf(values).sum()), "zeros": int((finite == 0).sum()),
+        "mean": finite.mean(), "mean_abs": np.abs(finite).mean(), "variance": finite.var(),
+        "std": finite.std(), "min": finite.min(), "max": finite.max(), "norms": norms,
+    }  # fmt: skip
+
+
+def agree(summary: Any, values: npt.NDArray[np.float64]) -> None:
+    scale = float(np.abs(values[np.isfinite(values)]).max(initial=0.0))
+    for key, expected in slow(values).items():
+        actual = summary[key] if isinstance(summary, dict) else getattr(summary, key)
+        if isinstance(summary, dict) and isinstance(expected, float) and not np.isfinite(expected):
+            assert actual is None, key  # which JSON does not know
+        elif isinstance(expected, float):
+            # a mean near zero is a difference of large sums: relative to these
+            floor = 1e-12 * scale if key == "mean" else 0.0
+            assert actual == pytest.approx(expected, rel=1e-6, abs=floor), key
+        elif key == "norms" and expected is not None:
+            known = [math.inf if n is None else n for n in actual]
+            assert known == pytest.approx(expected, rel=1e-6, abs=1e-300)
+        else:
+            assert actual == expected, key
+
+
+SHAPES = st.lists(st.integers(1, 9), max_size=4).map(tuple)
+
+
+@st.composite
+def tensors(draw: st.DrawFn) -> tuple[RawTensor, npt.NDArray[np.float64]]:
+    """A tensor of any kind with its values: offset, scaled, sparse, with NaN and infinities."""
+    shape = draw(SHAPES)
+    rng = np.random.Generator(np.random.Philox(draw(st.integers(0, 2**32))))
+    values = rng.standard_normal(shape) * 10.0 ** draw(st.integers(-6, 6))
+    values = values + draw(st.sampled_from([0.0, 1.0, -1000.0, 1e-3]))
+    values = np.where(rng.random(shape) < draw(st.sampled_from([0.0, 0.3, 1.0])), 0.0, values)
+    if draw(st.booleans()):
+        values = np.where(rng.random(shape) < 0.2, draw(st.sampled_from([np.nan, np.inf])), values)
+    dtype = draw(st.sampled_from(["F64", "F32", "BF16", "I32"]))
+    if dtype == "F64":
+        return RawTensor.of(np.asarray(values)), values
+    if dtype == "I32":
+        whole = np.asarray(rng.integers(-50, 50, shape), dtype=np.int32)
+        return RawTensor.of(whole), whole.astype(np.float64)
+    single = np.asarray(values, dtype=np.float32)
+    if dtype == "F32":
+        return RawTensor.of(single), single.astype(np.float64)
+    finite = np.asarray(np.where(np.isfinite(single), single, 0.5), dtype=np.float32)
+    bits = np.asarray(from_f32("BF16", finite.reshape(-1))).reshape(shape)
+    wide = (bits.astype(np.uint32) << 16).view(np.float32)
+    return RawTensor("BF16", bits), wide.astype(np.float64)
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(
+    st.lists(tensors(), min_size=1, max_size=5),
+    st.sampled_from([7, 64, moments.BLOCK]),
+)
+def test_the_statistics_of_random_checkpoints_are_numpys(
+    tmp_path_factory: pytest.TempPathFactory,
+    checkpoint: list[tuple[RawTensor, npt.NDArray[np.float64]]],
+    block: int,
+) -> None:
+    path = tmp_path_factory.mktemp("random") / "a.safetensors"
+    save(path, **{f"t{i}": raw for i, (raw, _) in enumerate(checkpoint)})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(moments, "BLOCK", block)
+        report = layers(path, "--tensors", "--norms")
+    for index, (_, values) in enumerate(checkpoint):
+        agree(report[f"t{index}"]["all"], values)
+
+
+def test_a_block_of_layers_has_the_statistics_of_all_their_values() -> None:
+    parts = [normal(5, 3, 2), 3 + normal(7, 2), np.zeros((2, 2), np.float32), normal(2, 9) * 1e-3]
+    parts[3][0, 0] = np.nan
+    rows = []
+    for index, array in enumerate(parts):
+        flat = array.reshape(-1)
+        one = moments.summarise("F32", array.shape, lambda a, b, flat=flat: flat[a:b])
+        rows.append(LayerWeights(f"b.{index}.weight", "F32", array.shape, array.size, all=one))
+    (block,) = in_blocks(rows, 1)
+    assert block.all is not None
+    expected = slow(np.concatenate([array.reshape(-1) for array in parts]).astype(np.float64))
+    for key in ("count", "nan", "zeros", "mean", "mean_abs", "variance", "min", "max"):
+        assert getattr(block.all, key) == pytest.approx(expected[key], rel=1e-9), key
+    assert len(block.all.norms or ()) == sum(len(array) for array in parts)
+
+
+@pytest.mark.parametrize("name", ["F8_E4M3", "F8_E5M2"])
+def test_eight_bit_floats_have_torchs_values(name: str) -> None:
+    kind = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}[name]
+    codes = np.arange(256, dtype=np.uint8)
+    expected = torch.from_numpy(codes).view(kind).to(torch.float64).numpy()
+    np.testing.assert_array_equal(moments.as_f64(name, codes), expected)
+
+
+def test_values_far_from_zero_keep_their_variance(tmp_path: Path) -> None:
+    values = 1e6 + RNG.standard_normal((3, 300_001))
+    one = layers(save(tmp_path / "a.safetensors", w=values))["w"]["all"]
+    assert one["variance"] == pytest.approx(values.var(), rel=1e-6)
+
+
+# --- what is learned -----------------------------------------------------------------------------
+
+
+def slow_labels(checkpoint: Checkpoint, member: Any, name: str) -> list[str]:
+    """The part of every element, one after another, from the sentence."""
+    owner, entry, steps = sentence(checkpoint.recipe, member, name)
+    kinds = [overlay.kind for _, _, overlay in steps]
+    start = "fixed"
+    if owner != "shared" and entry.source.kind in ("stored", "signs", "constant"):
+        start = "learned"
+    if entry.source.kind == "constant" and "scatter" in kinds:
+        start = "masked"
+    parts = [start] * entry.size
+    for who, index, overlay in steps:
+        brought = "fixed" if who == "shared" else "learned"
+        if overlay.kind in ("mask", "scatter"):
+            slot = payload_name(who, name, f"{index}.mask")
+            bits = read_mask(checkpoint.payloads, slot, overlay, entry.size).unpack()  # type: ignore[arg-type]
+        for i in range(entry.size):
+            if overlay.kind == "replace":
+                parts[i] = brought
+            elif overlay.kind == "slice":
+                inner = math.prod(entry.shape[overlay.dim + 1 :])
+                if i // inner % entry.shape[overlay.dim] < overlay.count:
+                    parts[i] = brought
+            elif overlay.kind == "mask" and not bits[i]:
+                parts[i] = "masked"
+            elif overlay.kind == "scatter" and bits[i]:
+                parts[i] = brought
+    return parts
+
+
+RECIPES = sorted(
+    path.name for path in GOLDEN.glob("*.safetensors")
+    if path.name not in ("base.safetensors", "written-otherwise.safetensors")
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_parts_of_every_golden_file_are_those_of_its_sentences(name: str) -> None:
+    path = GOLDEN / name
+    report = found(path, "--tensors", "--norms")["files"]
+    with read_checkpoint(path) as checkpoint:
+        assert len(report) == len(checkpoint.recipe.members)
+        for member, network in zip(checkpoint.recipe.members, report, strict=True):
+            for layer in network["layers"]:
+                raw = checkpoint.rebuild(member, layer["name"])
+                values = moments.as_f64(raw.dtype, raw.array.reshape(-1)).reshape(raw.shape)
+                agree(layer["all"], values)
+                labels = np.array(slow_labels(checkpoint, member, layer["name"]))
+                assert layer["masked"] == int((labels == "masked").sum())
+                for part in ("learned", "fixed"):
+                    here = values.reshape(-1)[labels == part]
+                    if not here.size:
+                        assert layer[part] is None
+                        continue
+                    agree({**layer[part], "norms": None}, here)
+                    if raw.array.ndim > 1:
+                        only = np.where(labels == part, values.reshape(-1), 0.0)
+                        norms = slow(only.reshape(raw.shape))["norms"]
+                        if all(map(math.isfinite, norms)):
+                            assert layer[part]["norms"] == pytest.approx(norms, rel=1e-6)
+
+
+@pytest.mark.parametrize("init", ["signed-constant", "kaiming-normal", "kaiming-uniform"])
+def test_what_is_expected_is_what_a_large_draw_gives(init: str) -> None:
+    drawn = layers("conv4", "--init", init, "--width", "0.5", "--filter", "fc1", "--norms")
+    (layer,) = drawn.values()
+    for key in ("mean_abs", "variance", "std", "norm"):
+        assert layer["all"][key] == pytest.approx(layer["initial"][key], rel=0.02), key
+    assert layer["fixed"] == layer["all"]
+    assert layer["learned"] is None
+
+
+def test_a_zero_filled_slice_is_compared_with_the_start_of_its_plan() -> None:
+    layer = layers(GOLDEN / "slices-zero.safetensors")["fc1.weight"]
+    assert layer["initial"]["kind"] == "uniform"
+    assert layer["fixed"]["mean_abs"] == 0
+
+
+def test_headers_alone_answer_what_was_expected(tmp_path: Path) -> None:
+    damaged = bytearray((GOLDEN / "slices-out.safetensors").read_bytes())
+    damaged[-400:] = bytes(400)
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(damaged)
+    assert run(path).exit_code == 3
+    layer = layers(path, "--expected")["fc1.weight"]
+    assert (layer["initial"]["kind"], layer["all"]) == ("uniform", None)
+    assert "uniform" in shown(path, "--expected")
+    base = tmp_path / "b.safetensors"
+    base.write_bytes((GOLDEN / "on-base.safetensors").read_bytes())
+    assert "is needed" in fails(4, base)
+    assert "not known" in shown(base, "--expected")
+    assert "layers" in shown(base, "--base", GOLDEN / "base.safetensors")
+
+
+def test_members_stand_side_by_side() -> None:
+    path = GOLDEN / "ensemble-masks.safetensors"
+    assert "[3] ensemble-masks.safetensors:seed-2" in shown(path)
+    one = found(path, GOLDEN / "popup.safetensors", "--member", "seed-1")["files"]
+    assert [file["member"] for file in one] == ["seed-1", None]
+    assert "members: seed-0, seed-1, seed-2" in fails(2, path, "--member", "seed-9")
+
+
+# --- files of all kinds --------------------------------------------------------------------------
+
+
+def test_a_sharded_file_is_its_tensors(tmp_path: Path) -> None:
+    first, second = normal(3, 4), normal(2, 5)
+    save(tmp_path / "a-1.safetensors", **{"x.weight": first})
+    save(tmp_path / "a-2.safetensors", **{"y.weight": second})
+    index = tmp_path / "a.safetensors.index.json"
+
+    def write(weight_map: object) -> Path:
+        index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+        return index
+
+    both = {"x.weight": "a-1.safetensors", "y.weight": "a-2.safetensors"}
+    report = layers(write(both), "--norms")
+    agree(report["x.weight"]["all"], first.astype(np.float64))
+    agree(report["y.weight"]["all"], second.astype(np.float64))
+    assert "bare file name" in fails(3, write({"x.weight": "../a-1.safetensors"}))
+    assert "lacks" in fails(3, write({"z.weight": "a-1.safetensors"}))
+    assert "no such file" in fails(3, write({"x.weight": "a-3.safetensors"}))
+    assert "no weight_map" in fails(3, write(["x"]))
+    index.write_text('{"weight_map": {"x": "a", "x": "b"}}')
+    assert "duplicate key" in fails(3, index)
+
+
+def test_a_pth_is_its_tensors_in_its_order(tmp_path: Path) -> None:
+    state = {
+        "z.weight": torch.randn(3, 4),
+        "a.weight": torch.randn(4, 6).t(),
+        "c": torch.zeros(2, 2, dtype=torch.complex64),
+        "n": torch.tensor(3),
+    }
+    path = tmp_path / "a.pth"
+    torch.save({"state_dict": state, "epoch": 3}, path)
+    report = layers(path, "--norms")
+    assert list(report) == ["z.weight", "a.weight"]
+    agree(report["a.weight"]["all"], state["a.weight"].numpy().astype(np.float64))
+    assert found(path)["files"][0]["skipped"] == {"c": "complex64"}
+    torch.save(state, path, _use_new_zipfile_serialization=False)
+    assert list(layers(path)) == ["z.weight", "a.weight"]
+
+
+def test_what_holds_no_layer_is_said(tmp_path: Path) -> None:
+    empty = save(tmp_path / "empty.safetensors")
+    assert shown(empty) == "empty.safetensors: holds no tensor\n"
+    assert found(empty)["files"][0]["layers"] == []
+    whole = save(tmp_path / "i.safetensors", q=np.ones((3, 4), np.int8), b=normal(4))
+    text = shown(whole)
+    assert "2 tensors, no layer" in text
+    assert "1 tensor of integers" in text
+    assert "--tensors" in text
+    assert layers(whole, "--tensors")["q"]["all"]["mean"] == 1
+    nothing = save(tmp_path / "z.safetensors", **{"x.weight": normal(0, 3)})
+    assert re.search(r"^x +empty", shown(nothing), re.M)
+    assert layers(nothing)["x.weight"]["all"]["mean"] is None
+    for plot in (empty, nothing):
+        shown(plot, "--plot", tmp_path / "a.png", "--force")
+    (tmp_path / "zero.safetensors").touch()
+    (tmp_path / "zero.pth").touch()
+    assert "0 bytes" in fails(3, tmp_path / "zero.safetensors")
+    assert "not a checkpoint" in fails(3, tmp_path / "zero.pth")
+    assert "no such file" in fails(3, tmp_path / "nothing.pth")
+    assert "unknown architecture" in fails(2, "resnet5")
+
+
+def test_nan_and_infinity_are_counted_and_shown(tmp_path: Path) -> None:
+    values = normal(4, 8)
+    values[0, 0], values[1, 1], values[2, 2] = np.nan, np.inf, -np.inf
+    path = save(tmp_path / "a.safetensors", x=values, y=np.full((2, 2), np.nan, np.float32))
+    agree(layers(path, "--norms")["x"]["all"], values.astype(np.float64))
+    text = shown(path)
+    assert "x: 1 NaN and 2 infinite values" in text
+    assert "y: 4 NaN and 0 infinite values" in text
+    assert "not finite" in text
+    huge = save(tmp_path / "h.safetensors", x=np.full((2, 2), 1e200))
+    assert layers(huge)["x"]["all"]["infinite"] == 0
+
+
+# --- names from files ----------------------------------------------------------------------------
+
+
+def texts(path: Path) -> str:
+    return path.read_bytes().decode("latin-1")
+
+
+@pytest.mark.parametrize("tail", [(), ("--norms",), ("--tensors",), ("--histogram", EVIL)])
+def test_no_name_reaches_the_terminal_unescaped(tmp_path: Path, tail: tuple[str, ...]) -> None:
+    path = tmp_path / "$a_b$[red].pth"
+    torch.save({EVIL: torch.randn(3, 4), "c\x07": torch.zeros(1, dtype=torch.complex64)}, path)
+    for files in ((path,), (path, path)):
+        text = shown(*files, "--csv", tmp_path / "a.csv", "--force", *tail)
+        text += (tmp_path / "a.csv").read_text()
+        assert "\x1b" not in text
+        assert "\u202e" not in text
+        assert "\x07" not in text
+        assert "[bold]" in "".join(text.split())
+    error = fails(2, path, "--filter", "\x1b[31mre")
+    assert "\x1b" not in error
+
+
+@pytest.mark.parametrize("ending", ["png", "svg", "pdf"])
+def test_names_are_no_mathematics_on_a_figure(tmp_path: Path, ending: str) -> None:
+    path = tmp_path / "_$\\frac{a}$.pth"  # as mathematics this is an error
+    torch.save({EVIL: torch.randn(3, 4), "_$\\frac{$.weight": torch.randn(2, 2)}, path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for tail in ((), ("--histogram", EVIL)):
+            out = tmp_path / f"a.{ending}"
+            shown(path, path, "--plot", out, "--force", *tail)
+            assert out.stat().st_size > 1000
+
+
+def test_labels_of_a_figure_are_the_names_themselves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from matplotlib.figure import Figure
+    from matplotlib.text import Text
+
+    seen: list[Text] = []
+    whole = Figure.savefig
+
+    def savefig(self: Figure, *args: Any, **more: Any) -> None:
+        whole(self, *args, **more)
+        seen.extend(self.findobj(Text))
+
+    monkeypatch.setattr(Figure, "savefig", savefig)
+    path = tmp_path / "_$x$.pth"
+    torch.save({"a$y$.weight": torch.randn(3, 4)}, path)
+    shown(path, GOLDEN / "slices-out.safetensors", "--plot", tmp_path / "a.svg")
+    names = {text.get_text(): text.get_parse_math() for text in seen}
+    assert names["a$y$"] is False
+    assert names["_$x$.pth"] is False
+    assert "fc1" in names
+    assert "expected of the initial distribution" in names
+
+
+# --- tables --------------------------------------------------------------------------------------
+
+
+def many(tmp_path: Path) -> Path:
+    names = [f"blocks.{i}.part.{j}.convolution.weight" for i in range(50) for j in range(6)]
+    return save(tmp_path / "many.safetensors", **{name: normal(4, 4) for name in names})
+
+
+@pytest.mark.parametrize("tail", [(), ("--depth", "0"), ("--norms",), ("--expected",)])
+def test_tables_of_300_layers_fit_80_columns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tail: tuple[str, ...]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    path = many(tmp_path)
+    for files in ((path,), (path,) * 5):
+        rows = [r for r in shown(*files, *tail).splitlines() if r.startswith("blocks.")]
+        assert max(map(len, rows)) <= 80
+        assert (len(rows) >= 300) == ("0" in tail)
+        assert len(rows) <= 100 or "0" in tail
+
+
+def test_depth_groups_by_the_parts_of_names(tmp_path: Path) -> None:
+    assert block_of("a.b.c", 2) == "a.b"
+    assert block_of("a.b.c", 0) == "a.b.c"
+    made = [f"blocks.{i}.{j}.w" for i in range(9) for j in range(9)]
+    rows = tuple(LayerWeights(name, "F32", (2, 2), 4) for name in made)
+    report = WeightsReport("a", None, "a", None, rows, 81)
+    assert fitting_depth([report]) == 2
+    assert fitting_depth([report], rows=81) == 0
+    assert fitting_depth([report], rows=5) == 2  # one block would say nothing
+
+
+def test_layers_stand_in_the_networks_order() -> None:
+    names = ["fc.weight", "layer1.10.w", "layer1.2.w", "conv1.weight", "norm.weight"]
+    tensors = tuple(
+        weight_files.TensorSource(n, "F32", (2, 2), lambda: lambda a, b: np.zeros(b - a))
+        for n in names
+    )
+    network = weight_files.Network("a", tensors)
+    assert [t.name for t in in_order(network)] == [
+        "conv1.weight", "layer1.2.w", "layer1.10.w", "norm.weight", "fc.weight"
+    ]  # fmt: skip
+    assert merged([["a", "b", "d"], ["a", "c", "d"]]) == ["a", "c", "b", "d"]
+
+
+def test_sort_and_filter(tmp_path: Path) -> None:
+    path = save(
+        tmp_path / "a.safetensors", **{"a.b.weight": normal(2, 2), "a.c.weight": 9 * normal(2, 2),
+        "d.weight": 99 * normal(2, 2), "d.bias": normal(2)},
+    )  # fmt: skip
+    rows = shown(path, "--sort", "std").splitlines()[2:5]
+    assert [row.split()[0] for row in rows] == ["d", "a.c", "a.b"]
+    assert list(layers(path, "--filter", "a")) == ["a.b.weight", "a.c.weight"]
+    assert list(layers(path, "--filter", "*.c")) == ["a.c.weight"]
+    assert list(layers(path, "--filter", "d")) == ["d.weight"]
+    assert list(layers(path, "--filter", "d.bias")) == ["d.bias"]
+    assert "near: std" in fails(2, path, "--sort", "sdt")
+    assert "near: a.c, a.b" in fails(2, path, "--filter", "a.x")
+    assert "expected auto" in fails(2, path, "--part", "most")
+    assert "go with an architecture" in fails(2, path, "--init", "kaiming-normal")
+
+
+def test_a_pipe_has_no_colours_and_no_bars(tmp_path: Path) -> None:
+    path = save(tmp_path / "a.safetensors", **{"x.weight": normal(30, 30)})
+    for tail in ((), ("--histogram", "x")):
+        command = [sys.executable, "-m", "randsurgery", "inspect", "weights", str(path), *tail]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        assert "\x1b" not in done.stdout + done.stderr
+        assert "█" not in done.stdout
+    assert sum(found(path, "--histogram", "x")["histogram"]["counts"]["a.safetensors"]) == 900
+
+
+def test_a_histogram_counts_what_numpy_counts(tmp_path: Path) -> None:
+    values = normal(50, 40)
+    report = found(save(tmp_path / "a.safetensors", w=values), "--histogram", "w")["histogram"]
+    expected = np.histogram(values.astype(np.float64), report["edges"])[0]
+    assert report["counts"]["a.safetensors"] == expected.tolist()
+    both = found(GOLDEN / "slices-out.safetensors", "--histogram", "fc1")["histogram"]["counts"]
+    assert {name: sum(counts) for name, counts in both.items()} == {
+        "slices-out.safetensors (fixed)": 288, "slices-out.safetensors (learned)": 288
+    }  # fmt: skip
+    assert "near: fc" in fails(2, GOLDEN / "slices-out.safetensors", "--histogram", "fcc")
+
+
+# --- output --------------------------------------------------------------------------------------
+
+
+def test_csv_holds_every_part_and_keeps_an_older_file(tmp_path: Path) -> None:
+    table = tmp_path / "a.csv"
+    shown(GOLDEN / "slices-out.safetensors", "--csv", table)
+    rows = list(csv.DictReader(table.read_text().splitlines()))
+    assert {row["part"] for row in rows if row["tensor"] == "fc1.weight"} == {
+        "all", "learned", "fixed"
+    }  # fmt: skip
+    report = layers(GOLDEN / "slices-out.safetensors")
+    for row in rows:
+        expected = report[row["tensor"]][row["part"]]
+        assert float(row["variance"]) == expected["variance"]
+        assert float(row["initial_std"]) == report[row["tensor"]]["initial"]["std"]
+    before = table.read_bytes()
+    assert "exists already" in fails(6, GOLDEN / "popup.safetensors", "--csv", table)
+    assert table.read_bytes() == before
+    shown(GOLDEN / "popup.safetensors", "--csv", table, "--force")
+    assert table.read_bytes() != before
+
+
+def test_outputs_are_refused_before_anything_is_read(tmp_path: Path) -> None:
+    path = save(tmp_path / "a.safetensors", w=normal(2, 2))
+    assert ".png" in fails(2, path, "--plot", tmp_path / "a.gif")
+    assert "read by this command" in fails(6, path, "--csv", path, "--force")
+    assert "no such folder" in fails(6, path, "--csv", tmp_path / "b" / "a.csv")
+    assert path.stat().st_size > 0
+
+
+def test_a_safetensors_file_is_read_without_torch_a_block_at_a_time(tmp_path: Path) -> None:
+    """Peak memory: far below the file's size, which is ten times its largest tensor's."""
+    size = 1 << 21
+    path = save(tmp_path / "a.safetensors", **{f"l{i}.weight": normal(2, size) for i in range(10)})
+    code = f"""
+import resource, sys
+from randsurgery.cli.app import app
+try:
+    app(["inspect", "weights", {os.fspath(path)!r}])
+except SystemExit as end:
+    assert not end.code
+status = open("/proc/self/status").read() if sys.platform == "linux" else "VmHWM: 0 kB"
+print("torch" in sys.modules, status.split("VmHWM:")[1].split()[0], file=sys.stderr)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    torch_loaded, peak = done.stderr.split()[-2:]
+    assert torch_loaded == "False"
+    assert int(peak) * 1024 < 3 * (2 * size * 4) + 150e6
