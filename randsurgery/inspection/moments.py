@@ -19,7 +19,7 @@ F64 = npt.NDArray[np.float64]
 Fetch = Callable[[int, int], npt.NDArray[Any]]
 """(start, stop) -> these elements of a tensor, flat, as its dtype stores them. Shape (n,)."""
 
-BLOCK = 1 << 17
+BLOCK = 1 << 18
 """Elements at a time."""
 
 
