@@ -242,7 +242,7 @@ def _open(
 def _means_file(name: str) -> bool:
     """True for what lies on the disk, or by its name could only be meant to."""
     endings = (".safetensors", ".json", ".pth", ".pt", ".bin", ".ckpt", ".tar")
-    return os.path.exists(name) or os.sep in name or name.endswith(endings)
+    return os.path.isfile(name) or os.sep in name or name.endswith(endings)
 
 
 def _titles(files: list[str]) -> list[str]:

@@ -19,7 +19,7 @@ F64 = npt.NDArray[np.float64]
 Fetch = Callable[[int, int], npt.NDArray[Any]]
 """(start, stop) -> these elements of a tensor, flat, as its dtype stores them. Shape (n,)."""
 
-BLOCK = 1 << 17
+BLOCK = 1 << 18
 """Elements at a time."""
 
 
@@ -130,18 +130,22 @@ def summarise_parts(
     parts: Iterable[int],
 ) -> dict[int, Summary]:
     """The statistics of each part of a tensor: the elements that bear its label, of those that
-    ``parts`` asks for. ``labels`` has shape (size,). A filter's norm is of its elements there."""
-    found = {part: (_Sums(), _no_norms(shape)) for part in parts}
+    ``parts`` asks for. ``labels`` has shape (size,). A filter's norm is of its elements there;
+    filters without any are left out."""
+    found = {part: (_Sums(), _no_norms(shape), _no_norms(shape)) for part in parts}
     for row, start, stop, width in _blocks(shape):
         values = as_f64(dtype, fetch(start, stop))
-        for part, (sums, norms) in found.items():
+        for part, (sums, norms, members) in found.items():
             here = labels[start:stop] == part
-            chosen = values[here]
-            _add(sums, chosen[None])
-            if norms is not None:
+            _add(sums, values[here][None])
+            if norms is not None and members is not None:
                 kept = np.where(here & np.isfinite(values), values, 0.0).reshape(-1, width)
                 norms[row : row + len(kept)] += _squares(kept)
-    return {part: sums.summary(norms) for part, (sums, norms) in found.items()}
+                members[row : row + len(kept)] += here.reshape(-1, width).sum(axis=1)
+    return {
+        part: sums.summary(None if norms is None or members is None else norms[members > 0])
+        for part, (sums, norms, members) in found.items()
+    }
 
 
 def _no_norms(shape: tuple[int, ...]) -> F64 | None:
