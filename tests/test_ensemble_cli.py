@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import csv
+import functools
 import json
 import math
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from ensemble_helpers import (
     flip,
     folder_bytes,
     kept,
+    one_thread,
     run,
     said,
     states,
@@ -36,12 +39,20 @@ from randsurgery.cli.options import RunOptions, plan_of
 from randsurgery.jobs import ensembles as ensembles_job
 from randsurgery.jobs.build import BuildPlan, PreparedBuild, prepare_build, run_build
 from randsurgery.jobs.ensembles import calibration_images
-from randsurgery.training import loop
+from randsurgery.training import datasets, loop
 from randsurgery.training.datasets import open_data
 from randsurgery.training.loop import Hooks
 from randsurgery.training.temperature import mean_nll
 
 A, B, E, TASKS = "a.safetensors", "b.safetensors", "e.safetensors", "tasks.safetensors"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quick() -> Iterator[None]:
+    """Every command shows the same few images; they are read from scikit-learn once."""
+    with one_thread(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets, "_digits", functools.cache(datasets._digits))
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -8,14 +8,14 @@ import functools
 import itertools
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from ensemble_helpers import drawn, flip, learned, named
+from ensemble_helpers import drawn, flip, learned, named, one_thread
 from slice_helpers import Net, batch
 from surgery_helpers import assert_same_state, everything, same_bits, write
 from test_checkpoint import Builder, assemble, constant, entry, floats, tiny
@@ -73,6 +73,12 @@ def members() -> list[Checkpoint]:
         learned(fixed[1], freeze(fraction="0.5", least=1), "three", 12),
         learned(dense_start(5), rs.Popup("0.5"), "five", 13),
     ]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quick() -> Iterator[None]:
+    with one_thread():
+        yield
 
 
 @pytest.fixture(scope="module")
