@@ -297,11 +297,11 @@ def test_reinit_draws_each_start_from_the_members_own_seed(empty: Path) -> None:
              "--members", 2, "--reinit")  # fmt: skip
     succeed(*build, "--kind", "full", "-o", E)
     for index, state in enumerate(states(E, ["m0", "m1"]).values()):
-        assert_same_state(state, draws(5 + index))
+        assert_same_state(state, draws(torch_seed(5 + index, "reinit")))
     succeed(*build, "--kind", "share", "--share", "0.5", "-o", "s.safetensors")
     rest = draws(2)
     for index, state in enumerate(states("s.safetensors", ["m0", "m1"]).values()):
-        own = draws(5 + index)
+        own = draws(torch_seed(5 + index, "reinit"))
         assert same_bits(state["fc.weight"], own["fc.weight"])
         for name in set(rest) - {"fc.weight"}:
             half = len(rest[name]) // 2
@@ -344,7 +344,9 @@ def test_a_network_of_zeros_cannot_be_warmed_up(empty: Path) -> None:
             "-o", E)  # fmt: skip
     for index, state in enumerate(states(E, ["m0", "m1"]).values()):
         half = len(state["fc1.weight"]) // 2
-        assert same_bits(state["fc1.weight"][:half], draws(7 + index)["fc1.weight"][:half])
+        assert same_bits(
+            state["fc1.weight"][:half], draws(torch_seed(7 + index, "reinit"))["fc1.weight"][:half]
+        )
 
 
 def test_a_trained_file_is_the_backbone_of_its_members(here: Path) -> None:

@@ -55,6 +55,8 @@ def evaluate(
     result = found.fixed
     if found.fell_back:
         note("no dataset given or recorded: evaluating on digits")
+    if found.left_out:
+        note(f"left out: {found.left_out:,} images that a temperature was fitted on")
     if json:
         print_json({"file": file, **found.to_json()})
         return

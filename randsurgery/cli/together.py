@@ -149,7 +149,12 @@ def calibrate(
         ("fitted on", f"{found.images:,} test images"),
         ("NLL there", f"{found.before:.4f} before, {found.after:.4f} after"),
     ]
+    if found.held_out_before is not None and found.held_out_after is not None:
+        words = f"{found.held_out_before:.4f} before, {found.held_out_after:.4f} after"
+        rows.append((f"of {found.held_out:,} others", words))
     render.show_pairs(rows)
+    if (found.held_out_after or 0) > (found.held_out_before or 0):
+        note("it does not carry over to the other images; fit on more of them (--share)")
     note(f"written and verified: {found.path}")
 
 

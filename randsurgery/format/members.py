@@ -74,9 +74,12 @@ def _files(checkpoint: Checkpoint) -> tuple[Container, ...]:
 
 def members_named(checkpoint: Checkpoint, names: Iterable[str] | None) -> list[Member]:
     """The members of those names, or all, in the file's order. Raises UsageError for a name that
-    no member bears."""
+    no member bears, or without a name."""
     if names is None:
         return list(checkpoint.recipe.members)
+    names = [names] if isinstance(names, str) else list(names)
+    if not names:
+        raise UsageError("an ensemble has one member at least; leave members out for all")
     wanted = {checkpoint.member(name).name for name in names}
     return [member for member in checkpoint.recipe.members if member.name in wanted]
 

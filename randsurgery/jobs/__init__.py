@@ -12,6 +12,7 @@ Modules import only those above them in this list:
     runs      what all training jobs share
     onnx      a network as an ONNX file
     init, freeze, popup, train, evaluate, predict, export, convert   one module a command
+    parts     the folder in which a build keeps its members
     build     ensembles: members trained one after another
     members   members moved between files
     ensembles   members together on a dataset

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,13 +16,14 @@ from typing import Any, Literal, get_args
 
 from torch import nn
 
-from randsurgery.errors import IncompatibleError, OutputError, UsageError
+from randsurgery.errors import UsageError
 from randsurgery.format.checkpoint import Checkpoint, read_checkpoint
 from randsurgery.format.container import Container, write_atomically
+from randsurgery.format.generator import torch_seed
 from randsurgery.format.members import check_names, renamed
 from randsurgery.format.recipe import Plan, RandomSource
 from randsurgery.format.writing import write_checkpoint
-from randsurgery.jobs import runs
+from randsurgery.jobs import parts, runs
 from randsurgery.jobs.records import keep_base, metrics_path, write_settings
 from randsurgery.jobs.runs import Prepared, RunPlan, Technique
 from randsurgery.jobs.sources import flatten
@@ -47,8 +47,6 @@ from randsurgery.training.settings import TrainSettings
 Kind = Literal["fc", "share", "full", "popup", "plan"]
 START = "start"
 """The stage that trains what all members begin from."""
-ABOUT = "build.json"
-"""In the folder of the parts: which build they are of."""
 
 
 @dataclass(frozen=True)
@@ -134,7 +132,9 @@ def prepare_build(plan: BuildPlan) -> PreparedBuild:
     label = f"ensemble-{plan.kind or 'plan'}"
     with runs.closing_on_error() as stack:
         job = runs.prepare(replace(plan.run, resume=None), stack, label, flat=False)
-        _check_parts(plan, job)
+        parts.check_folder(
+            parts.parts_folder(job.output), resume=plan.run.resume is not None, force=plan.run.force
+        )
         had, start = job.checkpoint.member().plan, job.checkpoint
         if start.member().tensors:
             had, start = had and _begun(had), _flat(start)
@@ -244,24 +244,8 @@ def _settings(plan: BuildPlan, kind: Kind) -> dict[str, Any]:
 # --- the parts -----------------------------------------------------------------------------------
 
 
-def parts_folder(output: Path) -> Path:
-    """Where the members of a build lie until all are trained: beside the output."""
-    return output.with_name(f"{output.stem}.parts")
-
-
-def _check_parts(plan: BuildPlan, job: Prepared) -> None:
-    folder = parts_folder(job.output)
-    ours = (folder / ABOUT).is_file() or (folder.is_dir() and not any(folder.iterdir()))
-    if folder.exists() and not ours:
-        raise OutputError(
-            f"{folder}: is where the members are kept, but is not a build's; choose another "
-            "--output, or move it away"
-        )
-    if folder.exists() and plan.run.resume is None and not plan.run.force:
-        raise OutputError(
-            f"{folder}: holds the members of a build that was stopped; --resume auto goes on with "
-            "it, --force begins anew"
-        )
+def _stages(job: PreparedBuild) -> list[str]:
+    return [START] * bool(job.plan.warmup) + list(job.plan.member_names)
 
 
 def _identity(job: PreparedBuild) -> dict[str, Any]:
@@ -270,37 +254,17 @@ def _identity(job: PreparedBuild) -> dict[str, Any]:
     return {**runs.identity(job.job, technique), "members": list(job.plan.member_names)}
 
 
-def _open_parts(job: PreparedBuild) -> Path:
-    """The folder of the parts, empty, or with those of the same build. Raises IncompatibleError
-    naming the first difference if they are another's."""
-    folder, ours = parts_folder(job.job.output), json.loads(json.dumps(_identity(job)))
-    about = folder / ABOUT
-    if folder.exists() and job.plan.run.resume is None:
-        shutil.rmtree(folder)
-    if about.is_file():
-        theirs = json.loads(about.read_text())
-        for key in sorted({*ours, *theirs}):
-            if ours.get(key) != theirs.get(key):
-                raise IncompatibleError(
-                    f"{folder}: holds the members of another build: its {key} is "
-                    f"{str(theirs.get(key))[:80]}, here it is {str(ours.get(key))[:80]}"
-                )
-    try:
-        folder.mkdir(exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"{folder}: cannot be made ({error.strerror or error})") from None
-    write_atomically(about, iter([json.dumps(ours, sort_keys=True).encode()]))
-    return folder
-
-
 # --- train ---------------------------------------------------------------------------------------
 
 
 def run_build(job: PreparedBuild, hooks: Callable[[str], Hooks]) -> Built:
     """Train every member, then write, re-read and verify the ensemble. ``hooks``: for each stage,
     by name. Raises DivergedError; the members that are trained are kept for ``--resume auto``."""
-    folder, output = _open_parts(job), job.job.output
+    output, folder = job.job.output, parts.parts_folder(job.job.output)
+    parts.open_folder(folder, _identity(job), resume=job.plan.run.resume is not None)
     start = job.job
+    for name in _stages(job):
+        parts.is_done(folder / f"{name}.safetensors")  # damage is told before anything is trained
     try:
         with contextlib.ExitStack() as stack:
             if job.plan.warmup:
@@ -318,7 +282,7 @@ def run_build(job: PreparedBuild, hooks: Callable[[str], Hooks]) -> Built:
             f"interrupted; the members trained so far are in {folder}; --resume auto goes on with "
             "the same command"
         ) from None
-    shutil.rmtree(folder)
+    parts.clear(folder)
     return Built(output, size, records)
 
 
@@ -339,7 +303,7 @@ def _warmed(
     """The start after its own epochs, in which everything is learned, as all members' backbone."""
     path, begin = folder / f"{START}.safetensors", job.job
     all_of_it = with_plan(begin.checkpoint, everything(meta_module(begin.checkpoint)))
-    if not path.exists():
+    if not parts.is_done(path):
         settings = replace(begin.settings, epochs=job.plan.warmup)
         stage = replace(_stage(job, begin, path, settings), checkpoint=all_of_it)
         runs.carry_out(stage, _technique(job, lambda model: learn_plan(model, all_of_it)), hooks)
@@ -360,7 +324,7 @@ def _trained(
     """A member under its name, trained now or before the build was stopped."""
     name = job.plan.member_names[index]
     path, seed = folder / f"{name}.safetensors", start.settings.seed + index
-    if not path.exists():
+    if not parts.is_done(path):
         stage = _stage(job, start, path, replace(start.settings, seed=seed))
         runs.carry_out(stage, _technique(job, _attach(job, start, seed)), hooks)
     part = _read_part(path, start, stack)
@@ -375,7 +339,8 @@ def _attach(job: PreparedBuild, start: Prepared, seed: int) -> Callable[[nn.Modu
     """What makes a network learn as a member of that seed."""
     if job.learned is None:
         return lambda model: popup.attach(model, _popup(job.plan, seed))
-    drawn = seed if job.plan.reinit else None
+    # not the member's seed itself, which may be the backbone's
+    drawn = torch_seed(seed, "reinit") if job.plan.reinit else None
     return lambda model: learn_plan(model, start.checkpoint, seed=drawn)
 
 
@@ -387,8 +352,7 @@ def _write_records(job: PreparedBuild, folder: Path) -> dict[str, Record]:
     record of each member."""
     last: dict[str, Record] = {}
     lines = []
-    stages = [START] * bool(job.plan.warmup) + list(job.plan.member_names)
-    for name in stages:
+    for name in _stages(job):
         for line in metrics_path(folder / f"{name}.safetensors").read_text().splitlines():
             last[name] = json.loads(line)
             lines.append(json.dumps({"member": name, **last[name]}) + "\n")

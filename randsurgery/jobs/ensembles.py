@@ -14,14 +14,21 @@ import torch
 
 from randsurgery.errors import UsageError
 from randsurgery.format.checkpoint import Checkpoint
-from randsurgery.format.generator import permutation
 from randsurgery.format.members import members_named
 from randsurgery.format.recipe import Learned, Member, MemberTensor, SliceOverlay
 from randsurgery.format.specs import Calibration, DatasetSpec
 from randsurgery.format.tensors import hex_float
 from randsurgery.format.writing import write_checkpoint
 from randsurgery.jobs.hub import local_file
-from randsurgery.jobs.inputs import DataOptions, look_for_file, open_test_split, opener, pick_device
+from randsurgery.jobs.inputs import (
+    DataOptions,
+    calibration_images,
+    look_for_file,
+    open_test_split,
+    opener,
+    pick_device,
+    unfitted,
+)
 from randsurgery.jobs.members import in_place
 from randsurgery.surgery.bases import open_checkpoint
 from randsurgery.surgery.ensembles import (
@@ -30,7 +37,6 @@ from randsurgery.surgery.ensembles import (
     check_engine,
     temperature,
 )
-from randsurgery.surgery.initialisers import parse_fraction
 from randsurgery.surgery.learning import survivor_counts
 from randsurgery.surgery.modules import meta_module
 from randsurgery.surgery.plans import count_layers, learned_size
@@ -113,7 +119,8 @@ def run_eval(plan: EvalPlan, on_batch: Callable[[int], None] | None = None) -> S
         data, dataset, fell_back = _data(checkpoint, chosen[0], plan)
         other = None if plan.ood is None else _other(checkpoint, chosen[0], plan.ood, plan)
         engine = _engine(ensemble, data, check_engine(plan.engine))
-        kept = _evaluated(len(data), dataset, chosen)
+        left = unfitted(len(data), dataset, chosen)
+        kept = None if left is None else np.flatnonzero(left)
         found = _tally(ensemble, engine, data, plan, kept, on_batch)
         apart: dict[str, Separation] = {}
         if other is not None:
@@ -263,28 +270,10 @@ def _apart(inside: EnsembleResult, outside: EnsembleResult) -> dict[str, Separat
 # --- temperature ---------------------------------------------------------------------------------
 
 
-def calibration_images(count: int, share: str, seed: int) -> npt.NDArray[np.intp]:
-    """The images of a test split, by index, that a temperature is fitted on."""
-    chosen = max(1, int(parse_fraction(share, "--share") * count))
-    return permutation(count, seed=seed, stream="calibration")[:chosen]
-
-
-def _evaluated(
-    count: int, dataset: DatasetSpec, members: Sequence[Member]
-) -> npt.NDArray[np.intp] | None:
-    """The images that no member's temperature was fitted on, by index; None for all."""
-    keep = np.ones(count, dtype=bool)
-    for member in members:
-        known, split = member.calibration, (dataset.name, dataset.test_split)
-        if known and (known.dataset, known.split) == split and known.share != "1":
-            keep[calibration_images(count, known.share, known.seed)] = False
-    return None if keep.all() or not keep.any() else np.flatnonzero(keep)
-
-
 @dataclass(frozen=True)
 class Calibrated:
     """What calibration found: one temperature for all members, and the NLL of their mean over the
-    images it was fitted on, before and after."""
+    images it was fitted on, before and after; and over the others, which it was not fitted on."""
 
     path: Path
     bytes: int
@@ -292,6 +281,9 @@ class Calibrated:
     images: int
     before: float
     after: float
+    held_out: int
+    held_out_before: float | None
+    held_out_after: float | None
 
 
 def run_calibrate(
@@ -314,10 +306,9 @@ def run_calibrate(
         ensemble = _ensemble(checkpoint, plan)
         data, dataset, _ = _data(checkpoint, chosen[0], plan)
         used = calibration_images(len(data), share, seed)
-        logits, known = [], np.zeros(0, np.int64)
-        for _, one, labels in _logits(ensemble, "switch", data, plan, on_batch):
-            logits.append(one[used])
-            known = labels[used]
+        found = list(_logits(ensemble, "switch", data, plan, on_batch))
+        every, labels = [logits for _, logits, _ in found], found[0][2]
+        logits, known = [one[used] for one in every], labels[used]
         best = fit_temperature(logits, known)
         about = Calibration(
             temperature=hex_float(best),
@@ -333,4 +324,7 @@ def run_calibrate(
             target, replace(checkpoint, recipe=recipe), force=True, finished=True
         )
     before, after = (mean_nll(logits, known, one) for one in (1.0, best))
-    return Calibrated(target, size, best, len(used), before, after)
+    rest = np.setdiff1d(np.arange(len(labels)), used)
+    others = [one[rest] for one in every]
+    held = [mean_nll(others, labels[rest], one) for one in (1.0, best)] if len(rest) else [None] * 2
+    return Calibrated(target, size, best, len(used), before, after, len(rest), *held)

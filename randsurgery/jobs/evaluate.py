@@ -8,8 +8,9 @@ from typing import Any
 
 from randsurgery.format.specs import DatasetSpec
 from randsurgery.jobs.hub import local_file
-from randsurgery.jobs.inputs import DataOptions, open_test_split, pick_device
+from randsurgery.jobs.inputs import DataOptions, open_test_split, pick_device, unfitted
 from randsurgery.surgery.bases import open_checkpoint
+from randsurgery.surgery.ensembles import temperature
 from randsurgery.surgery.modules import build
 from randsurgery.surgery.supermask import Sampler
 from randsurgery.training.evaluate import Evaluation, evaluate
@@ -24,6 +25,7 @@ class Report:
     fell_back: bool  # on digits: no dataset was given or recorded
     fixed: Evaluation
     samples: tuple[Evaluation, ...] = ()
+    left_out: int = 0  # images that the member's temperature was fitted on
 
     @property
     def mean(self) -> float:
@@ -71,10 +73,16 @@ def run_eval(
         data, dataset, fell_back = open_test_split(checkpoint, who, options, where, workers)
         sampler = Sampler(checkpoint, who.name) if samples else None
         model = build(checkpoint, who.name).to(where)
-    fixed = evaluate(model, data, batch_size=batch_size, amp=amp)
+    how: dict[str, Any] = {
+        "batch_size": batch_size,
+        "amp": amp,
+        "temperature": temperature(who),
+        "chosen": unfitted(len(data), dataset, [who]),
+    }
+    fixed = evaluate(model, data, **how)
     found = []
     for seed in range(samples):
         assert sampler is not None
         sampler.put(model, seed)
-        found.append(evaluate(model, data, batch_size=batch_size, amp=amp))
-    return Report(dataset, fell_back, fixed, tuple(found))
+        found.append(evaluate(model, data, **how))
+    return Report(dataset, fell_back, fixed, tuple(found), len(data) - fixed.images)

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
+import numpy as np
+import numpy.typing as npt
 import timm
 import torch
 
 from randsurgery.errors import IncompatibleError, UsageError, reason
 from randsurgery.format.checkpoint import Checkpoint
+from randsurgery.format.generator import permutation
 from randsurgery.format.recipe import Member, Recipe
 from randsurgery.format.specs import DatasetSpec, InputSpec, ModelSpec
 from randsurgery.jobs.sources import SourceSpec, architecture_name
 from randsurgery.surgery.architectures import ArgValue, build_meta, check_name, spec_of
+from randsurgery.surgery.initialisers import parse_fraction
 from randsurgery.training.data import Data
 from randsurgery.training.datasets import Split, open_data
 from randsurgery.training.settings import input_for
@@ -174,3 +178,22 @@ def model_arguments(source: SourceSpec, look: InputSpec, classes: int) -> dict[s
     if takes_img_size(model, size) or takes_img_size(model, native_size(arch) + 32):
         return {**args, "img_size": size}
     return args
+
+
+def calibration_images(count: int, share: str, seed: int) -> npt.NDArray[np.intp]:
+    """The images of a test split, by index, that a temperature is fitted on."""
+    chosen = max(1, int(parse_fraction(share, "--share") * count))
+    return permutation(count, seed=seed, stream="calibration")[:chosen]
+
+
+def unfitted(
+    count: int, dataset: DatasetSpec, members: Iterable[Member]
+) -> npt.NDArray[np.bool_] | None:
+    """Which of a test split's images no member's temperature was fitted on; None if that is all, or
+    none. Folders cannot be told from each other, so that nothing of one is left out."""
+    keep = np.ones(count, dtype=bool)
+    for member in members:
+        known, split = member.calibration, (dataset.name, dataset.test_split)
+        if known and dataset.name != "folder" and (known.dataset, known.split) == split:
+            keep[calibration_images(count, known.share, known.seed)] = False
+    return None if keep.all() or not keep.any() else keep

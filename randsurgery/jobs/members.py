@@ -215,5 +215,6 @@ def _for_model(incoming: Incoming, model: ModelSpec) -> Incoming:
 
 def _stem(file: str) -> str:
     """A member name out of a file's."""
-    text = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(file.partition("@")[0]).stem).strip("._-")
+    place = file.partition("@")[0] if file.startswith(PREFIX) else file
+    text = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(place).stem).strip("._-")
     return re.sub(r"\.{2,}", ".", text)[:64] or UNNAMED

@@ -105,7 +105,8 @@ class Resident:
         stays in use, so its file must stay open."""
         self.checkpoint = checkpoint
         first = checkpoint.member(member)
-        self.model = build(checkpoint, first.name, model=model).requires_grad_(False)
+        with torch.inference_mode(False):  # or its tensors could never be written elsewhere
+            self.model = build(checkpoint, first.name, model=model).requires_grad_(False)
         self.member: str | None = first.name
         self.head = _head_of(first)
         self.changed = _regions(first)  # what differs from the shared tensors, and where
@@ -121,7 +122,8 @@ class Resident:
         if self.member == after.name:
             return self.model
         self.member = None
-        fresh = self._exchange_head(after)
+        with torch.inference_mode(False):
+            fresh = self._exchange_head(after)
         state = self.model.state_dict(keep_vars=True)
         before = {n: r for n, r in {**self.changed, **fresh}.items() if n in state}
         self.changed = dict.fromkeys(state)  # until all is written
@@ -240,8 +242,6 @@ class Ensemble(nn.Module):
         The checkpoint stays in use and is closed by ``close``."""
         super().__init__()
         chosen = members_named(checkpoint, members)
-        if not chosen:
-            raise UsageError("an ensemble has one member at least; leave members out for all")
         check_one_task(checkpoint, chosen)
         self.engine, self.checkpoint = check_engine(engine), checkpoint
         self.members = tuple(member.name for member in chosen)
@@ -249,6 +249,7 @@ class Ensemble(nn.Module):
         self.resident = Resident(checkpoint, self.members[0], model)
         self.backbone = self.resident.model  # registered, so that .to() and the like reach it
         self.stacked: dict[str, torch.Tensor] | None = None
+        self.closed = False
         self.fastest: dict[tuple[int, ...], Engine] = {}
 
     def train(self, mode: bool = True) -> Ensemble:
@@ -268,6 +269,8 @@ class Ensemble(nn.Module):
     @torch.no_grad()
     def logits(self, images: torch.Tensor) -> torch.Tensor:
         """Every member's logits, by its temperature: (M, B, C), float32."""
+        if self.closed:
+            raise UsageError("the ensemble was closed; load it again")
         engine = self.engine if self.engine != "auto" else self.faster(images)
         found = self.batched(images) if engine == "batched" else self._switched(images)
         scale = torch.tensor(self.temperatures, device=found.device).view(-1, 1, 1)
@@ -334,7 +337,7 @@ class Ensemble(nn.Module):
         if shape not in self.fastest:
             try:
                 batched = _seconds(lambda: self.batched(images), images.device)
-            except IncompatibleError:
+            except (IncompatibleError, torch.OutOfMemoryError):
                 batched = float("inf")
             switched = _seconds(lambda: self._switched(images), images.device)
             self.fastest[shape] = "batched" if batched < switched else "switch"
@@ -344,6 +347,7 @@ class Ensemble(nn.Module):
 
     def close(self) -> None:
         """Close the file. The ensemble cannot be used any more."""
+        self.closed = True
         self.checkpoint.close()
 
     def __enter__(self) -> Ensemble:

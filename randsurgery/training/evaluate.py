@@ -48,16 +48,24 @@ def evaluate(
     batch_size: int = 256,
     amp: bool = False,
     temperature: float = 1.0,
+    chosen: npt.NDArray[np.bool_] | None = None,
     on_batch: Callable[[int], None] | None = None,
 ) -> Evaluation:
     """Top-1 and top-5 accuracy and cross entropy, in evaluation mode, of logits / temperature.
+    ``chosen``: which images count, by index; None for all.
 
     Raises DataError if the labels exceed the network's classes.
     """
     was_training = model.training
     model.eval()
-    losses, images_seen, first, fifth = AverageMeter(), 0, 0, 0
+    losses, images_seen, first, fifth, at = AverageMeter(), 0, 0, 0, 0
     for images, labels in data.evaluation(batch_size):
+        if chosen is not None:
+            here = torch.from_numpy(chosen[at : at + len(labels)]).to(labels.device)
+            at += len(labels)
+            images, labels = images[here], labels[here]
+            if not len(labels):
+                continue
         with autocast(images.device, amp):
             logits = model(images)
         logits = logits.float() / temperature
