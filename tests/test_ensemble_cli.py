@@ -36,6 +36,7 @@ from surgery_helpers import assert_same_state, same_bits, save_dense, write_imag
 
 import randsurgery as rs
 from randsurgery.cli.options import RunOptions, plan_of
+from randsurgery.format.generator import torch_seed
 from randsurgery.jobs import ensembles as ensembles_job
 from randsurgery.jobs.build import BuildPlan, PreparedBuild, prepare_build, run_build
 from randsurgery.jobs.ensembles import calibration_images
