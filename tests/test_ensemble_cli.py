@@ -40,6 +40,7 @@ from randsurgery.format.generator import torch_seed
 from randsurgery.jobs import ensembles as ensembles_job
 from randsurgery.jobs.build import BuildPlan, PreparedBuild, prepare_build, run_build
 from randsurgery.jobs.ensembles import calibration_images
+from randsurgery.surgery import ensembles
 from randsurgery.training import datasets, loop
 from randsurgery.training.datasets import open_data
 from randsurgery.training.loop import Hooks
@@ -1149,6 +1150,20 @@ def test_a_csv_is_written_whole_or_not_at_all(here: Path) -> None:
     succeed("ensemble", "predict", E, "-o", "x.csv", "--force")
     assert Path("x.csv").read_bytes() == before
     assert succeed("ensemble", "predict", E, "-q").stdout.encode() == before
+
+
+def test_no_timing_decides_the_last_digits(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU, where members run one after another unless they are told otherwise."""
+
+    def timed(*_: object) -> float:
+        raise AssertionError("timed")
+
+    monkeypatch.setattr(ensembles, "_seconds", timed)
+    succeed("ensemble", "predict", E, "--device", "cpu", "-o", "x.csv")
+    said("ensemble", "eval", E, "--device", "cpu")
+    succeed("ensemble", "predict", E, "--engine", "batched", "-o", "y.csv")
+    with rs.load_ensemble(E) as ensemble, pytest.raises(AssertionError, match="timed"):
+        ensemble(digits(E)[0][:2])
 
 
 def test_classifiers_of_two_kinds_predict_together(here: Path) -> None:

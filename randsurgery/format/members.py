@@ -88,8 +88,6 @@ def pick(checkpoint: Checkpoint, names: Collection[str]) -> Checkpoint:
     """The same backbone with those members alone. Raises UsageError for an unknown member, or if
     none would be left."""
     kept = tuple(members_named(checkpoint, names))
-    if not kept:
-        raise UsageError("no member would be left; a file has one at least")
     recipe = checkpoint.recipe.model_copy(update={"members": kept})
     return _with_payloads(checkpoint, recipe, _places(checkpoint, {}))
 
