@@ -189,6 +189,7 @@ def test_metadata_is_what_the_file_records(made: Callable[[str], Path]) -> None:
         "architecture": "conv2",
         "backbone_id": rs.read_recipe(made("conv2") / "net.safetensors").backbone_id,
         "crop_pct": "0.875",
+        "crop_mode": "center",
         "input_size": "[3, 40, 40]",
         "interpolation": "bilinear",
         "label_names": json.dumps(CLASSES),
