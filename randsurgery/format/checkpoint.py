@@ -124,12 +124,16 @@ class Checkpoint:
         rebuilt = in_threads(lambda name: self.rebuild(who, name, room.get(name)), names, threads)
         return dict(zip(names, rebuilt, strict=True))
 
+    @property
+    def files(self) -> tuple[Container, ...]:
+        """The files that closing it closes: its own, if it is in one, and those of its bases."""
+        own = (self.payloads,) if isinstance(self.payloads, Container) else ()
+        return (*self.opened, *own)
+
     def close(self) -> None:
         """Close the file, if there is one, and the bases that were opened for it."""
-        if isinstance(self.payloads, Container):
-            self.payloads.__exit__()
-        for base in self.opened:
-            base.__exit__()
+        for file in self.files:
+            file.__exit__()
 
     def __enter__(self) -> Checkpoint:
         return self

@@ -19,7 +19,6 @@ from randsurgery.format.checkpoint import (
     payload_digests,
     payload_names,
 )
-from randsurgery.format.container import Container
 from randsurgery.format.fields import SHARED, check_member_name
 from randsurgery.format.rebuild import Payloads, payload_name, read_payload, split_payload_name
 from randsurgery.format.recipe import (
@@ -63,13 +62,7 @@ def _with_payloads(
     """The checkpoint with that recipe and what it needs of the payloads; who closes it closes the
     file it came from."""
     needed = {name: places[name] for name in payload_names(recipe)}
-    return replace(checkpoint, recipe=recipe, payloads=Moved(needed), opened=_files(checkpoint))
-
-
-def _files(checkpoint: Checkpoint) -> tuple[Container, ...]:
-    """The files that closing it closes."""
-    own = checkpoint.payloads
-    return (*checkpoint.opened, *([own] if isinstance(own, Container) else []))
+    return replace(checkpoint, recipe=recipe, payloads=Moved(needed), opened=checkpoint.files)
 
 
 def members_named(checkpoint: Checkpoint, names: Iterable[str] | None) -> list[Member]:
@@ -181,7 +174,7 @@ def graft(onto: Checkpoint, other: Checkpoint) -> Checkpoint:
     places = {**_places(other, {}), **_places(onto, {})}
     made = _with_payloads(onto, recipe, places)
     tensors = {keys[key]: tensors for key, tensors in other.bases.items()} | dict(onto.bases)
-    return replace(made, bases=tensors, opened=(*made.opened, *_files(other)))
+    return replace(made, bases=tensors, opened=(*made.opened, *other.files))
 
 
 def _check_alike(onto: Checkpoint, other: Checkpoint) -> None:
@@ -201,7 +194,8 @@ def _check_alike(onto: Checkpoint, other: Checkpoint) -> None:
         return
     for name in sorted({*first.tensors, *second.tensors}):
         here, there = first.tensors.get(name), second.tensors.get(name)
-        if here is None or there is None or _sentence(first, here) != _sentence(second, there):
+        alike = here and there and _sentence(first, name, here) == _sentence(second, name, there)
+        if not alike:
             raise IncompatibleError(
                 f"{_name(other)} has another backbone: its {name} is {_words(there)}, in "
                 f"{_name(onto)} it is {_words(here)}; members share one backbone"
@@ -239,12 +233,9 @@ def _name(checkpoint: Checkpoint) -> str:
     return checkpoint.path.name if checkpoint.path else "the file"
 
 
-def _sentence(recipe: Recipe, entry: Entry) -> dict[str, Any]:
+def _sentence(recipe: Recipe, name: str, entry: Entry) -> dict[str, Any]:
     """What a shared entry is made of, its bases by identity."""
-    found = entry.to_json()
-    if isinstance(entry.source, BaseSource):
-        found["source"]["base"] = recipe.bases[entry.source.base].identity
-    return found
+    return {**entry.to_json(), "source": recipe.source_facts(name, entry)}
 
 
 def _words(entry: Entry | None) -> str:
@@ -316,4 +307,13 @@ def fault_of(checkpoint: Checkpoint, owner: str) -> str | None:
             read_payload(checkpoint.payloads, name, expected)
         except FileFormatError as error:
             return str(error)
+    return None
+
+
+def first_fault(checkpoint: Checkpoint) -> tuple[str, str] | None:
+    """The first owner, the shared entries before the members, whose payloads are damaged, and
+    what is wrong."""
+    for owner in (SHARED, *(member.name for member in checkpoint.recipe.members)):
+        if (fault := fault_of(checkpoint, owner)) is not None:
+            return owner, fault
     return None

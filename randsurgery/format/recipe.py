@@ -341,6 +341,16 @@ class Recipe(Model):
             return self.members[0]
         return next(m for m in self.members if m.name == name)
 
+    def source_facts(self, name: str, entry: Entry) -> dict[str, Any]:
+        """What an entry of that name is made from, the same in every file that makes the same:
+        the stream written out, a base by its identity."""
+        found = entry.source.to_json()
+        if isinstance(entry.source, RandomSource):
+            found["stream"] = name if entry.source.stream is None else entry.source.stream
+        if isinstance(entry.source, BaseSource):
+            found["base"] = self.bases[entry.source.base].identity
+        return found
+
     def input_of(self, member: Member) -> InputSpec | None:
         """What the member expects to see."""
         return member.input or self.input

@@ -30,12 +30,10 @@ from randsurgery.format.rebuild import (
     split_payload_name,
 )
 from randsurgery.format.recipe import (
-    BaseSource,
     Entry,
     MaskOverlay,
     Member,
     MemberTensor,
-    RandomSource,
     Recipe,
     ScatterOverlay,
 )
@@ -46,11 +44,6 @@ def backbone_id(recipe: Recipe, payloads: Payloads) -> str:
     can be grafted onto the other. Normative text: docs/format.md section 6."""
     rows = []
     for name, entry in sorted(recipe.tensors.items()):
-        source = entry.source.to_json()
-        if isinstance(entry.source, RandomSource):
-            source["stream"] = name if entry.source.stream is None else entry.source.stream
-        if isinstance(entry.source, BaseSource):
-            source["base"] = recipe.bases[entry.source.base].identity
         overlays = []
         for index, overlay in enumerate(entry.overlays):
             part = overlay.to_json()
@@ -59,6 +52,7 @@ def backbone_id(recipe: Recipe, payloads: Payloads) -> str:
                 del part["encoding"]
                 part["digest"] = digest(read_mask(payloads, slot, overlay, entry.size).packed)
             overlays.append(part)
+        source = recipe.source_facts(name, entry)
         rows.append([name, entry.dtype, list(entry.shape), source, overlays])
     return digest(canonical_json(rows))
 

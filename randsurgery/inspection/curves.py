@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import io
 import os
-from pathlib import Path
 from typing import Any
 
-from randsurgery.format.container import write_atomically
+from randsurgery.inspection.pictures import save
 
 
 def plot_curves(records: list[dict[str, Any]], path: str | os.PathLike[str]) -> None:
@@ -39,6 +37,4 @@ def plot_curves(records: list[dict[str, Any]], path: str | os.PathLike[str]) -> 
         axes.xaxis.get_major_locator().set_params(integer=True)
         if lines[0][1]:
             axes.legend(frameon=False)
-    picture = io.BytesIO()
-    figure.savefig(picture, format=Path(path).suffix.lower().removeprefix("."), dpi=150)
-    write_atomically(path, iter([picture.getvalue()]))
+    save(figure, path)

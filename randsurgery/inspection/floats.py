@@ -16,9 +16,12 @@ def numbers(dtype: str, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
         return to_f32(dtype, array)
     if dtype == "F8_E5M2":  # the upper half of a float16
         half: npt.NDArray[np.uint16] = array.astype("<u2") << np.uint16(8)
-        return half.view("<f2").astype(np.float32)
+        with np.errstate(invalid="ignore"):  # a signalling NaN becomes a quiet one
+            return half.view("<f2").astype(np.float32)
     if dtype == "F8_E4M3":
         return np.take(_E4M3, array)
+    if dtype == "BOOL":
+        return array.astype(np.bool_)
     return array
 
 

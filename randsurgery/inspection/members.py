@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import io
 import os
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from randsurgery.format.checkpoint import finished_bytes, payload_names, read_checkpoint
-from randsurgery.format.container import Container, write_atomically
+from randsurgery.format.container import Container
 from randsurgery.format.fields import SHARED
 from randsurgery.format.members import fault_of
 from randsurgery.format.recipe import Member
 from randsurgery.inspection.headers import header_text
+from randsurgery.inspection.pictures import save
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -126,10 +125,7 @@ MOST = 20
 def plot_members(report: MembersReport, path: str | os.PathLike[str]) -> None:
     """Two charts, to a .png, .svg or .pdf file: the bytes of this file and of files of their own by
     the number of members, and what each member adds. Raises OutputError."""
-    picture = io.BytesIO()
-    form = Path(path).suffix.lower().removeprefix(".")
-    drawn(report).savefig(picture, format=form, dpi=150)
-    write_atomically(path, iter([picture.getvalue()]))
+    save(drawn(report), path)
 
 
 def drawn(report: MembersReport) -> Figure:

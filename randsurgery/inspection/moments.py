@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from randsurgery.format.tensors import to_f32
+from randsurgery.inspection.floats import numbers
 
 F64 = npt.NDArray[np.float64]
 Fetch = Callable[[int, int], npt.NDArray[Any]]
@@ -243,37 +243,11 @@ def histogram(
 # --- numbers -------------------------------------------------------------------------------------
 
 
-def _eight_bits(exponent_bits: int) -> F64:
-    """The value of each byte as an 8-bit float, Micikevicius et al., 2022. Shape (256,).
-
-    E5M2 has infinities, as float16; E4M3 has none, and one NaN of each sign.
-    """
-    mantissa_bits = 7 - exponent_bits
-    bias = (1 << (exponent_bits - 1)) - 1
-    codes = np.arange(128)
-    exponent, mantissa = codes >> mantissa_bits, codes & ((1 << mantissa_bits) - 1)
-    whole = np.where(exponent == 0, 0.0, 1.0) + mantissa / (1 << mantissa_bits)
-    values = np.ldexp(whole, np.maximum(exponent, 1) - bias)
-    if exponent_bits == 5:
-        values[exponent == 31] = np.where(mantissa[exponent == 31] == 0, np.inf, np.nan)
-    else:
-        values[127] = np.nan
-    return np.concatenate([values, -values])
-
-
-_EIGHT_BITS = {"F8_E4M3": _eight_bits(4), "F8_E5M2": _eight_bits(5)}
-
-
+@np.errstate(invalid="ignore")  # a signalling NaN becomes a quiet one
 def as_f64(dtype: str, elements: npt.NDArray[Any], out: F64 | None = None) -> F64:
     """The values of stored elements, flat; in ``out`` if that is given. Exact, but for integers
     beyond 2^53. Shape (n,)."""
     if out is None:
         out = np.empty(elements.size)
-    if dtype in _EIGHT_BITS:
-        elements = _EIGHT_BITS[dtype][elements]
-    elif dtype == "BF16":
-        elements = to_f32(dtype, elements)
-    elif dtype == "BOOL":
-        elements = elements != 0
-    np.copyto(out, elements)
+    np.copyto(out, numbers(dtype, elements))
     return out

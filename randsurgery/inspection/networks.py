@@ -34,7 +34,6 @@ from randsurgery.format.recipe import (
     MaskOverlay,
     Member,
     MemberTensor,
-    RandomSource,
     Recipe,
     ReplaceOverlay,
     ScatterOverlay,
@@ -154,12 +153,7 @@ class Ours:
     def _sentence(self, name: str) -> list[Any]:
         """Source and overlays; bases by identity, streams by name."""
         _, entry, steps = sentence(self.recipe, self.member, name)
-        source: dict[str, Any] | None = entry.source.to_json()
-        assert source is not None
-        if isinstance(entry.source, RandomSource):
-            source["stream"] = name if entry.source.stream is None else entry.source.stream
-        if isinstance(entry.source, BaseSource):
-            source["base"] = self.recipe.bases[entry.source.base].identity
+        source: dict[str, Any] | None = self.recipe.source_facts(name, entry)
         overlays = [overlay for _, _, overlay in needed_steps(steps)]
         if overlays and isinstance(overlays[0], ReplaceOverlay):
             source = None  # nothing is left of it

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import io
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from randsurgery.format.checkpoint import payload_names, step_payloads
-from randsurgery.format.container import TensorInfo, write_atomically
+from randsurgery.format.container import TensorInfo
 from randsurgery.format.fields import SHARED
 from randsurgery.format.rebuild import payload_name, sentence
 from randsurgery.format.recipe import Member, Recipe
 from randsurgery.format.tensors import RawTensor, byte_count
 from randsurgery.inspection.headers import Header, header_of, header_text, read_header
+from randsurgery.inspection.pictures import save
 
 SHOWN = 24
 """Parts that a chart shows; the smallest are put together."""
@@ -238,9 +237,7 @@ def plot_storage(report: StorageReport, path: str | os.PathLike[str]) -> None:
         axes.margins(x=0.18)
         axes.set_ylim(max(len(parts), 2) - 0.5, -0.5)  # bars of one thickness, from the top
         axes.spines[["top", "right"]].set_visible(False)
-    picture = io.BytesIO()
-    figure.savefig(picture, format=Path(path).suffix.lower().removeprefix("."), dpi=150)
-    write_atomically(path, iter([picture.getvalue()]))
+    save(figure, path)
 
 
 def _unit(largest: int) -> tuple[str, float]:

@@ -3,19 +3,17 @@ the values of one layer."""
 
 from __future__ import annotations
 
-import io
 import math
 import os
 import warnings
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from randsurgery.format.container import write_atomically
 from randsurgery.inspection.histograms import Histogram
 from randsurgery.inspection.moments import Summary
+from randsurgery.inspection.pictures import save
 from randsurgery.inspection.weight_files import Initial
 from randsurgery.inspection.weights import LayerWeights, Shown, WeightsReport, in_blocks, merged
 
@@ -218,8 +216,6 @@ def _short(words: str) -> str:
 
 
 def _save(figure: Figure, path: str | os.PathLike[str]) -> None:
-    picture = io.BytesIO()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of letters that the font lacks: a box stands for them
-        figure.savefig(picture, format=Path(path).suffix.lower().removeprefix("."), dpi=150)
-    write_atomically(path, iter([picture.getvalue()]))
+        save(figure, path)

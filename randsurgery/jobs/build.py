@@ -18,7 +18,7 @@ from torch import nn
 
 from randsurgery.errors import UsageError
 from randsurgery.format.checkpoint import Checkpoint, read_checkpoint
-from randsurgery.format.container import Container, write_atomically
+from randsurgery.format.container import write_atomically
 from randsurgery.format.generator import torch_seed
 from randsurgery.format.members import check_names, renamed
 from randsurgery.format.recipe import Plan, RandomSource
@@ -26,7 +26,7 @@ from randsurgery.format.writing import write_checkpoint
 from randsurgery.jobs import parts, runs
 from randsurgery.jobs.records import keep_base, metrics_path, write_settings
 from randsurgery.jobs.runs import Prepared, RunPlan, Technique
-from randsurgery.jobs.sources import flatten
+from randsurgery.jobs.sources import flatten, in_memory
 from randsurgery.surgery import popup
 from randsurgery.surgery.ensembles import joined
 from randsurgery.surgery.initialisers import parse_fraction
@@ -137,7 +137,7 @@ def prepare_build(plan: BuildPlan) -> PreparedBuild:
         )
         had, start = job.checkpoint.member().plan, job.checkpoint
         if start.member().tensors:
-            had, start = had and _begun(had), _flat(start)
+            had, start = had and _begun(had), in_memory(start)
         kind = _kind(plan, had, start)
         shell = meta_module(start)
         learned = _learned(plan, kind, shell, had)
@@ -151,14 +151,6 @@ def prepare_build(plan: BuildPlan) -> PreparedBuild:
             check_settings(replace(job.settings, epochs=plan.warmup))
         settings = _settings(plan, kind)
     return PreparedBuild(plan, replace(job, checkpoint=start), kind, learned, each, total, settings)
-
-
-def _flat(checkpoint: Checkpoint) -> Checkpoint:
-    """What was learned before as the backbone of what is learned next, in memory."""
-    found = flatten(checkpoint)
-    if isinstance(checkpoint.payloads, Container):
-        checkpoint.payloads.__exit__()  # its payloads have been copied
-    return found
 
 
 def _begun(plan: Plan) -> Plan:
@@ -263,15 +255,15 @@ def run_build(job: PreparedBuild, hooks: Callable[[str], Hooks]) -> Built:
     output, folder = job.job.output, parts.parts_folder(job.job.output)
     parts.open_folder(folder, _identity(job), resume=job.plan.run.resume is not None)
     start = job.job
-    for name in _stages(job):
-        parts.is_done(folder / f"{name}.safetensors")  # damage is told before anything is trained
+    # damage is told before anything is trained
+    done = {name for name in _stages(job) if parts.is_done(folder / f"{name}.safetensors")}
     try:
         with contextlib.ExitStack() as stack:
             if job.plan.warmup:
-                start = _warmed(job, folder, hooks(START), stack)
+                start = _warmed(job, folder, START in done, hooks(START), stack)
             found: Checkpoint | None = None
             for index, name in enumerate(job.plan.member_names):
-                part = _trained(job, start, folder, index, hooks(name), stack)
+                part = _trained(job, start, folder, index, name in done, hooks(name), stack)
                 found = part if found is None else joined(found, part)
             assert found is not None
             keep_base(found, output)
@@ -298,12 +290,12 @@ def _read_part(path: Path, start: Prepared, stack: contextlib.ExitStack) -> Chec
 
 
 def _warmed(
-    job: PreparedBuild, folder: Path, hooks: Hooks, stack: contextlib.ExitStack
+    job: PreparedBuild, folder: Path, done: bool, hooks: Hooks, stack: contextlib.ExitStack
 ) -> Prepared:
     """The start after its own epochs, in which everything is learned, as all members' backbone."""
     path, begin = folder / f"{START}.safetensors", job.job
     all_of_it = with_plan(begin.checkpoint, everything(meta_module(begin.checkpoint)))
-    if not parts.is_done(path):
+    if not done:
         settings = replace(begin.settings, epochs=job.plan.warmup)
         stage = replace(_stage(job, begin, path, settings), checkpoint=all_of_it)
         runs.carry_out(stage, _technique(job, lambda model: learn_plan(model, all_of_it)), hooks)
@@ -318,13 +310,14 @@ def _trained(
     start: Prepared,
     folder: Path,
     index: int,
+    done: bool,
     hooks: Hooks,
     stack: contextlib.ExitStack,
 ) -> Checkpoint:
     """A member under its name, trained now or before the build was stopped."""
     name = job.plan.member_names[index]
     path, seed = folder / f"{name}.safetensors", start.settings.seed + index
-    if not parts.is_done(path):
+    if not done:
         stage = _stage(job, start, path, replace(start.settings, seed=seed))
         runs.carry_out(stage, _technique(job, _attach(job, start, seed)), hooks)
     part = _read_part(path, start, stack)

@@ -35,6 +35,7 @@ from randsurgery.surgery.ensembles import (
     Engine,
     Ensemble,
     check_engine,
+    settled,
     temperature,
 )
 from randsurgery.surgery.learning import survivor_counts
@@ -112,15 +113,14 @@ def run_eval(plan: EvalPlan, on_batch: Callable[[int], None] | None = None) -> S
     One member is held at a time. Raises IncompatibleError for members of several tasks, and what
     opening file and data raises.
     """
-    check_engine(plan.engine)
+    asked = check_engine(plan.engine)
     with _opened(plan) as checkpoint:
         chosen = members_named(checkpoint, plan.members)
         ensemble = _ensemble(checkpoint, plan)
         data, dataset, fell_back = _data(checkpoint, chosen[0], plan)
         other = None if plan.ood is None else _other(checkpoint, chosen[0], plan.ood, plan)
-        engine = _engine(ensemble, data, check_engine(plan.engine))
-        left = unfitted(len(data), dataset, chosen)
-        kept = None if left is None else np.flatnonzero(left)
+        engine = _engine(ensemble, data, asked)
+        kept = unfitted(len(data), dataset, chosen)
         found = _tally(ensemble, engine, data, plan, kept, on_batch)
         apart: dict[str, Separation] = {}
         if other is not None:
@@ -135,7 +135,7 @@ def run_eval(plan: EvalPlan, on_batch: Callable[[int], None] | None = None) -> S
         {member.name: temperature(member) for member in chosen},
         kind_of(chosen),
         learned,
-        0 if kept is None else len(data) - len(kept),
+        0 if kept is None else int(np.count_nonzero(~kept)),
         apart,
         None if plan.ood is None else plan.ood.dataset or "folder",
     )
@@ -206,11 +206,12 @@ def _other(checkpoint: Checkpoint, member: Member, options: DataOptions, plan: E
 
 
 def _engine(ensemble: Ensemble, data: Data, asked: Engine) -> Engine:
-    """On a CPU one member after another: the batched call was never faster over a whole dataset
-    (docs/performance.md). Elsewhere both are timed on the first images."""
-    device = next(ensemble.backbone.parameters()).device
-    if asked != "auto" or device.type == "cpu" or len(ensemble.members) == 1:
-        return "switch" if asked == "auto" else asked
+    """Where it is left open, both are timed on the first images."""
+    engine = settled(asked, next(ensemble.backbone.parameters()).device)
+    if engine != "auto":
+        return engine
+    if len(ensemble.members) == 1:
+        return "switch"
     images, _ = next(iter(data.evaluation(min(64, len(data)))))
     return ensemble.faster(images)
 
@@ -220,7 +221,7 @@ def _tally(
     engine: Engine,
     data: Data,
     plan: EvalPlan,
-    kept: npt.NDArray[np.intp] | None,
+    kept: npt.NDArray[np.bool_] | None,
     on_batch: Callable[[int], None] | None,
     *,
     labelled: bool = True,

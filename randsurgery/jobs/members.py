@@ -16,7 +16,7 @@ from randsurgery.errors import FileFormatError, IncompatibleError, UsageError
 from randsurgery.format.checkpoint import Checkpoint, is_safetensors, read_checkpoint
 from randsurgery.format.container import check_network, check_not_input
 from randsurgery.format.fields import SHARED
-from randsurgery.format.members import check_names, fault_of, pick, renamed
+from randsurgery.format.members import check_names, first_fault, pick, renamed
 from randsurgery.format.specs import ModelSpec
 from randsurgery.format.writing import finish, write_checkpoint
 from randsurgery.jobs.convert import ConvertPlan, converted
@@ -158,10 +158,10 @@ def run_change(change: Change) -> int:
 
 def _check_whole(checkpoint: Checkpoint) -> None:
     """Raises FileFormatError naming the member, or the shared tensors, whose payload is corrupt."""
-    for owner in (SHARED, *(member.name for member in checkpoint.recipe.members)):
-        if (fault := fault_of(checkpoint, owner)) is not None:
-            who = "the backbone" if owner == SHARED else f"member {owner}"
-            raise FileFormatError(f"{who} is damaged: {fault}; nothing was written")
+    if (found := first_fault(checkpoint)) is not None:
+        owner, fault = found
+        who = "the backbone" if owner == SHARED else f"member {owner}"
+        raise FileFormatError(f"{who} is damaged: {fault}; nothing was written")
 
 
 def _open_file(path: str, base: str | None) -> Checkpoint:

@@ -9,9 +9,9 @@ from typing import Any
 from randsurgery.errors import FileFormatError, IncompatibleError, OutputError
 from randsurgery.format.checkpoint import read_checkpoint
 from randsurgery.format.container import write_atomically
-from randsurgery.format.fields import SHARED
-from randsurgery.format.members import fault_of
+from randsurgery.format.members import first_fault
 from randsurgery.jobs.records import metrics_path
+from randsurgery.training.state import first_difference
 
 ABOUT = "build.json"
 """In the folder of the parts: which build they are of."""
@@ -70,12 +70,8 @@ def open_folder(folder: Path, build: dict[str, Any], *, resume: bool) -> None:
         clear(folder)
     if about.is_file():
         theirs = _about(about)
-        for key in sorted({*ours, *theirs}):
-            if ours.get(key) != theirs.get(key):
-                raise IncompatibleError(
-                    f"{folder}: holds the members of another build: its {key} is "
-                    f"{str(theirs.get(key))[:80]}, here it is {str(ours.get(key))[:80]}"
-                )
+        if (word := first_difference(ours, theirs)) is not None:
+            raise IncompatibleError(f"{folder}: holds the members of another build: {word}")
     try:
         folder.mkdir(exist_ok=True)
     except OSError as error:
@@ -89,9 +85,8 @@ def is_done(path: Path) -> bool:
     if not path.exists() or not metrics_path(path).exists():
         return False
     with read_checkpoint(path, need_bases=False) as part:
-        for owner in (SHARED, *(member.name for member in part.recipe.members)):
-            if (fault := fault_of(part, owner)) is not None:
-                raise FileFormatError(
-                    f"{path} is damaged: {fault}; delete it, and --resume auto trains it again"
-                )
+        if (found := first_fault(part)) is not None:
+            raise FileFormatError(
+                f"{path} is damaged: {found[1]}; delete it, and --resume auto trains it again"
+            )
     return True

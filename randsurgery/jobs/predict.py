@@ -23,7 +23,7 @@ from randsurgery.format.specs import InputSpec
 from randsurgery.jobs.hub import local_file
 from randsurgery.jobs.inputs import DataOptions, look_for_file, open_test_split, pick_device
 from randsurgery.surgery.bases import open_checkpoint
-from randsurgery.surgery.ensembles import Ensemble, check_engine, temperature
+from randsurgery.surgery.ensembles import Ensemble, check_engine, settled, temperature
 from randsurgery.surgery.modules import build
 from randsurgery.training.data import Data
 from randsurgery.training.datasets import open_images
@@ -151,9 +151,7 @@ def _network(
     if together is None:
         who = checkpoint.member(member)
         return who, build(checkpoint, who.name)
-    engine = check_engine(together.engine)
-    if engine == "auto" and where.type == "cpu":
-        engine = "switch"  # as eval does; and no timing decides the last digits
+    engine = settled(check_engine(together.engine), where)
     return (
         members_named(checkpoint, together.members)[0],
         Ensemble(checkpoint, together.members, engine=engine),

@@ -109,11 +109,8 @@ def open_source(spec: SourceSpec) -> Checkpoint:
         raise UsageError("--pretrained and --checkpoint exclude each other")
     if spec.is_file:
         with contextlib.ExitStack() as stack:
-            found = stack.enter_context(open_file(spec))
-            flat = flatten(found)
+            flat = in_memory(stack.enter_context(open_file(spec)))
             stack.pop_all()
-        if isinstance(found.payloads, Container):
-            found.payloads.__exit__()  # its payloads have been copied
         return flat
     if spec.base is not None:
         raise UsageError("--base goes with a file that builds on one; for weights: --checkpoint")
@@ -174,6 +171,14 @@ def _open_dense(spec: SourceSpec) -> Checkpoint:
         )
         stack.pop_all()
     return made
+
+
+def in_memory(checkpoint: Checkpoint) -> Checkpoint:
+    """The same network flattened, and its file closed; its bases may still lie in theirs."""
+    found = flatten(checkpoint)
+    if isinstance(checkpoint.payloads, Container):
+        checkpoint.payloads.__exit__()  # its payloads have been copied
+    return found
 
 
 def flatten(checkpoint: Checkpoint, member: str | None = None) -> Checkpoint:

@@ -42,6 +42,12 @@ def check_engine(name: str) -> Engine:
     raise UsageError(f"unknown --engine {name!r}, expected {', '.join(get_args(Engine))}")
 
 
+def settled(engine: Engine, device: torch.device) -> Engine:
+    """On a CPU, auto is one member after another: over many images the batched call was never
+    faster there (docs/performance.md), and no timing decides the last digits."""
+    return "switch" if engine == "auto" and device.type == "cpu" else engine
+
+
 def joined(onto: Checkpoint, other: Checkpoint) -> Checkpoint:
     """``onto`` with the members of ``other``. Where the backbones differ in the classifier alone
     (another task), every member gets its classifier as its own. Raises as ``graft`` does."""

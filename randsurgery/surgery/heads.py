@@ -23,7 +23,6 @@ from torch.nn import functional as F
 from randsurgery.errors import IncompatibleError, UsageError
 from randsurgery.format.canonical import digest
 from randsurgery.format.checkpoint import Checkpoint, Memory, payload_names
-from randsurgery.format.container import Container
 from randsurgery.format.fields import SHARED
 from randsurgery.format.generator import generate
 from randsurgery.format.rebuild import payload_name, split_payload_name
@@ -231,11 +230,9 @@ def with_fixed_head(
     )
     fresh = who.model_copy(update={"head": fixed, "tensors": own})
     update = {"tensors": dict(sorted(tensors.items())), "members": (fresh,), "backbone_id": None}
-    opened = checkpoint.opened
-    if isinstance(checkpoint.payloads, Container):  # it has been read; who closes this closes that
-        opened = (*opened, checkpoint.payloads)
     changed = recipe.model_copy(update=update)
-    return replace(checkpoint, recipe=changed, payloads=payloads, opened=opened)
+    # it has been read; who closes this closes that
+    return replace(checkpoint, recipe=changed, payloads=payloads, opened=checkpoint.files)
 
 
 def last_layers(model: nn.Module) -> list[str]:

@@ -9,7 +9,6 @@ import torch
 
 from randsurgery.errors import IncompatibleError, near
 from randsurgery.format.checkpoint import Checkpoint, Memory, payload_names
-from randsurgery.format.container import Container
 from randsurgery.format.masks import Mask
 from randsurgery.format.recipe import MaskOverlay, Member, MemberTensor, Recipe
 from randsurgery.surgery.initialisers import kept_count
@@ -96,10 +95,7 @@ def rethresholded(checkpoint: Checkpoint, wish: Popup) -> Checkpoint:
 
 def _changed(checkpoint: Checkpoint, recipe: Recipe, payloads: Memory) -> Checkpoint:
     """With another recipe and payloads in memory; who closes it closes its file, too."""
-    opened = checkpoint.opened
-    if isinstance(checkpoint.payloads, Container):
-        opened = (*opened, checkpoint.payloads)
-    return replace(checkpoint, recipe=recipe, payloads=payloads, opened=opened)
+    return replace(checkpoint, recipe=recipe, payloads=payloads, opened=checkpoint.files)
 
 
 def _payloads(checkpoint: Checkpoint) -> Memory:

@@ -159,6 +159,15 @@ def _digest(text: str, tensors: Mapping[str, RawTensor]) -> str:
     return digest(canonical_json([text, parts]))
 
 
+def first_difference(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str | None:
+    """How what tells one run from another first differs, for people; None if it does not."""
+    for key in sorted({*ours, *theirs}):
+        if ours.get(key) != theirs.get(key):
+            here = str(ours.get(key))[:80]
+            return f"its {key} is {str(theirs.get(key))[:80]}, here it is {here}"
+    return None
+
+
 def read_state(path: str | os.PathLike[str], run: dict[str, Any]) -> RunState:
     """The state in a file. Raises FileFormatError, or IncompatibleError naming the first
     difference if it belongs to another run."""
@@ -174,12 +183,8 @@ def read_state(path: str | os.PathLike[str], run: dict[str, Any]) -> RunState:
             raise FileFormatError(f"{path}: state version {version}, this program reads {VERSION}")
         # through JSON, as the state's own description went
         ours = json.loads(json.dumps(run))
-        for key in sorted({*ours, *theirs}):
-            if ours.get(key) != theirs.get(key):
-                raise IncompatibleError(
-                    f"{path}: is the state of another run: its {key} is "
-                    f"{str(theirs.get(key))[:80]}, here it is {str(ours.get(key))[:80]}"
-                )
+        if (word := first_difference(ours, theirs)) is not None:
+            raise IncompatibleError(f"{path}: is the state of another run: {word}")
         raw = {name: file.read(name) for name in file.infos}
         if file.metadata.get(DIGEST_KEY) != _digest(file.metadata[STATE_KEY], raw):
             raise FileFormatError(
