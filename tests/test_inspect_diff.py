@@ -17,6 +17,7 @@ from typing import Any
 import format_helpers as slow
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from test_checkpoint import Builder, assemble, constant, entry, floats, random_source, some_bits
@@ -515,7 +516,9 @@ def test_files_without_tensors(tmp_path: Path) -> None:
     assert "no difference in 0 tensors" in shown(0, empty, ours)
     report = diff(empty, golden("popup"))
     assert [row.state for row in report.differences] == ["only_b"] * 5
-    assert shown(1, empty, golden("popup")).startswith("in B alone:\n  fc1.weight: F32 12x48\n")
+    assert shown(1, empty, golden("popup")).startswith(
+        "in B alone:\n  features.0.weight: F32 3x3x3x3\n"
+    )
 
 
 # --- what is shown -------------------------------------------------------------------------------
@@ -539,7 +542,7 @@ def test_three_hundred_layers_fit_a_terminal(tmp_path: Path) -> None:
     assert len(text.splitlines()) < 50
     assert "300 of 301 tensors differ" in text
     assert "stem" not in text
-    deep = shown(1, a, b, "--depth", 9)
+    deep = shown(1, a, b, "--depth", 0)
     assert max(map(len, deep.splitlines())) <= 80
     assert len(deep.splitlines()) >= 300
     assert "mask" not in text  # no column without figures
@@ -604,3 +607,39 @@ assert code == 1
     )  # fmt: skip
     assert "\x1b" not in done.stdout + done.stderr
     assert "fc1.weight" in done.stdout
+
+
+# --- files of other programs ---------------------------------------------------------------------
+
+
+def in_shards(folder: Path, tensors: dict[str, RawTensor]) -> Path:
+    """Each tensor in a part of its own."""
+    places = {name: f"part-{i}.safetensors" for i, name in enumerate(tensors)}
+    for name, part in places.items():
+        dense(folder / part, {name: tensors[name]})
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": places}))
+    return index
+
+
+def test_shards_and_pickles_are_their_tensors(tmp_path: Path) -> None:
+    values = {name: np.arange(6, dtype=np.float32).reshape(2, 3) + i for i, name in enumerate("ab")}
+    tensors = {name: RawTensor.of(array) for name, array in values.items()}
+    whole = dense(tmp_path / "whole.safetensors", tensors)
+    index = in_shards(tmp_path, tensors)
+    assert shown(0, whole, index).splitlines()[-1] == "no difference in 2 tensors"
+    values["b"][1, 2] = 9
+    pickled = tmp_path / "changed.pth"
+    torch.save({name: torch.from_numpy(array) for name, array in values.items()}, pickled)
+    result = run("--json", index, pickled)
+    assert result.exit_code == 1
+    (row,) = json.loads(result.stdout)["differences"]
+    assert (row["name"], row["elements"], row["filters_differ"], row["max_abs"]) == ("b", 1, 1, 3)
+    assert "has no members" in refused(2, whole, index, "--member-b", "x")
+    (tmp_path / "part-1.safetensors").unlink()
+    assert "no such file" in refused(3, whole, index)
+
+
+def test_an_architecture_is_no_file(tmp_path: Path) -> None:
+    whole = dense(tmp_path / "whole.safetensors", {})
+    assert "`randsurgery init resnet18` writes one" in refused(3, whole, "resnet18")

@@ -20,8 +20,8 @@ from randsurgery.errors import UsageError
 from randsurgery.format.checkpoint import Checkpoint, read_checkpoint
 from randsurgery.format.recipe import Member
 from randsurgery.format.specs import Calibration, DatasetSpec, InputSpec
-from randsurgery.inspection.layers import natural
-from randsurgery.inspection.model import MOST, ROWS, inspect_model
+from randsurgery.inspection.grouping import MOST, ROWS, natural, place
+from randsurgery.inspection.model import inspect_model
 from randsurgery.jobs.ensembles import learned_parameters
 from randsurgery.surgery.modules import build, harvest, meta_module
 from randsurgery.surgery.plans import Freeze, count_layers, make_plan, with_plan
@@ -62,7 +62,7 @@ def test_layers_and_parameters_are_the_networks(name: str, tmp_path: Path) -> No
     dense = save_dense(tmp_path / "dense.safetensors", model.state_dict())
     other = inspect_model(dense)
     assert [(r.name, r.parameters, r.shape) for r in other.layers()] == sorted(
-        ((r.name, r.parameters, r.shape) for r in report.layers()), key=lambda r: natural(r[0])
+        ((r.name, r.parameters, r.shape) for r in report.layers()), key=lambda r: place(r[0])
     )
 
 
@@ -219,7 +219,7 @@ def test_blocks_by_depth_add_up(tmp_path: Path) -> None:
     found = json.loads(succeed("inspect", "model", path, "--json", "--depth", "1"))
     assert [row["name"] for row in found["layers"]] == [row.name for row in report.layers(1)]
     assert found["depth"] == 1
-    assert run("inspect", "model", path, "--depth", "0").exit_code == 2
+    assert run("inspect", "model", path, "--depth", "-1").exit_code == 2
 
 
 def dense(path: Path, names: list[str]) -> Path:
@@ -229,18 +229,16 @@ def dense(path: Path, names: list[str]) -> Path:
 @pytest.mark.parametrize(
     ("names", "depth", "rows"),
     [
-        ([f"l{i}.w" for i in range(ROWS)], None, ROWS),  # all fit
-        ([f"s{i % 6}.b{i // 6}.c{i}.w" for i in range(96)], 2, 96),  # 6 rows would be few
-        ([f"s{i % 6}.b{i // 6}.c{i}.w" for i in range(126)], 1, 6),  # 126 would be too many
+        ([f"l{i}.w" for i in range(ROWS)], 0, ROWS),  # all fit
+        ([f"s{i % 6}.b{i // 6}.c{i}.w" for i in range(54)], 2, 54),  # 6 rows would be few
+        ([f"s{i % 6}.b{i // 6}.c{i}.w" for i in range(66)], 1, 6),  # 66 would be too many
         ([f"s{i % 8}.b{i // 8}.w" for i in range(80)], 1, 8),
         ([f"m.b{i // 6}.l{i % 6}.w" for i in range(300)], 2, 50),  # a long row of equal blocks
         ([f"m.b{i}.l.w" for i in range(MOST + 1)], 1, 1),
-        ([f"flat{i}" for i in range(300)], None, 300),  # no blocks to speak of
+        ([f"flat{i}" for i in range(300)], 0, 300),  # no blocks to speak of
     ],
 )
-def test_300_layers_stay_readable(
-    tmp_path: Path, names: list[str], depth: int | None, rows: int
-) -> None:
+def test_300_layers_stay_readable(tmp_path: Path, names: list[str], depth: int, rows: int) -> None:
     report = inspect_model(dense(tmp_path / "net.safetensors", names))
     found = report.fitting_depth()
     assert found == depth
@@ -342,3 +340,18 @@ def test_a_slice_beyond_its_tensor_breaks_nothing(tmp_path: Path) -> None:
                                "shared/a.w/0.slice": info}))  # fmt: skip
     assert "slice 0.0%" in succeed("inspect", "model", path)
     assert Member(name="main").name in succeed("inspect", "model", path, "--json")
+
+
+def test_an_architecture_is_shown_as_init_would_write_it(tmp_path: Path) -> None:
+    path = tmp_path / "init.safetensors"
+    succeed("init", "conv2", "--width", "0.1", "-o", path)
+    file = json.loads(succeed("inspect", "model", path, "--json"))
+    name = json.loads(succeed("inspect", "model", "conv2", "--width", "0.1", "--json"))
+    for key in ("layers", "parameters", "architecture", "arguments", "learned"):
+        assert name[key] == file[key], key
+    assert name["kind"] == "architecture"
+    text = succeed("inspect", "model", "conv2", "--width", "0.1")
+    assert text.splitlines()[0].startswith("architecture  conv2(width=0.1")
+    assert "near: resnet18" in fails(2, "inspect", "model", "resnet181")
+    assert "model arguments go with" in fails(2, "inspect", "model", path, "--width", "0.1")
+    assert "randsurgery init conv2" in fails(3, "inspect", "storage", "conv2")

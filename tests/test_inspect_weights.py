@@ -27,11 +27,9 @@ from randsurgery.format.container import pack, write_atomically
 from randsurgery.format.rebuild import payload_name, read_mask, sentence
 from randsurgery.format.tensors import RawTensor, from_f32
 from randsurgery.inspection import moments, weight_files
+from randsurgery.inspection.grouping import block, fitting_depth
 from randsurgery.inspection.weights import (
     LayerWeights,
-    WeightsReport,
-    block_of,
-    fitting_depth,
     in_blocks,
     in_order,
     merged,
@@ -316,8 +314,10 @@ def test_a_sharded_file_is_its_tensors(tmp_path: Path) -> None:
     report = layers(write(both), "--norms")
     agree(report["x.weight"]["all"], first.astype(np.float64))
     agree(report["y.weight"]["all"], second.astype(np.float64))
-    assert "bare file name" in fails(3, write({"x.weight": "../a-1.safetensors"}))
-    assert "lacks" in fails(3, write({"z.weight": "a-1.safetensors"}))
+    assert "not a bare name" in fails(3, write({"x.weight": "../a-1.safetensors"}))
+    assert "'z.weight' is not in a-1.safetensors" in fails(
+        3, write({"z.weight": "a-1.safetensors"})
+    )
     assert "no such file" in fails(3, write({"x.weight": "a-3.safetensors"}))
     assert "no weight_map" in fails(3, write(["x"]))
     index.write_text('{"weight_map": {"x": "a", "x": "b"}}')
@@ -456,15 +456,15 @@ def test_tables_of_300_layers_fit_80_columns(
         assert len(rows) <= 100 or "0" in tail
 
 
-def test_depth_groups_by_the_parts_of_names(tmp_path: Path) -> None:
-    assert block_of("a.b.c", 2) == "a.b"
-    assert block_of("a.b.c", 0) == "a.b.c"
+def test_depth_groups_by_the_parts_of_names() -> None:
+    assert block("a.b.c", 2) == "a.b"
+    assert block("a.b.c", 0) == "a.b.c"
     made = [f"blocks.{i}.{j}.w" for i in range(9) for j in range(9)]
-    rows = tuple(LayerWeights(name, "F32", (2, 2), 4) for name in made)
-    report = WeightsReport("a", None, "a", None, rows, 81)
-    assert fitting_depth([report]) == 2
-    assert fitting_depth([report], rows=81) == 0
-    assert fitting_depth([report], rows=5) == 2  # one block would say nothing
+    assert fitting_depth(made) == 2
+    assert fitting_depth(made, rows=81) == 0
+    assert fitting_depth(made, rows=5) == 2  # one block would say nothing
+    assert fitting_depth([f"a{i}.b.w" for i in range(50)]) == 0  # as many blocks as names
+    assert fitting_depth([f"a{i % 50}.b{i}.w" for i in range(100)]) == 1
 
 
 def test_layers_stand_in_the_networks_order() -> None:

@@ -133,6 +133,7 @@ def test_commands_do_not_import_each_other() -> None:
     commands = {n for n in MODULES if n.startswith("cli.")} - {
         "cli.app",
         "cli.common",
+        "cli.files",
         "cli.options",
         "cli.predicting",
         "cli.render",

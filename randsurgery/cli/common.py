@@ -222,6 +222,15 @@ Config = Annotated[
 Json = Annotated[
     bool, typer.Option("--json", help="One JSON object on stdout.", rich_help_panel=OUTPUT)
 ]
+Depth = Annotated[
+    int | None,
+    typer.Option(
+        "--depth",
+        min=0,
+        help="Rows of names cut to so many parts; 0: every name. Default: what fits 40 rows.",
+        rich_help_panel=OUTPUT,
+    ),
+]
 Force = Annotated[
     bool, typer.Option("--force", help="Overwrite an existing file.", rich_help_panel=OUTPUT)
 ]

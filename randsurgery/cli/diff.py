@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from randsurgery.cli import common
+from randsurgery.cli import common, files
 from randsurgery.cli.common import clean, command, out, print_json
 
 if TYPE_CHECKING:
@@ -20,13 +20,11 @@ LISTED = 10
 CUT = 28
 """Letters of a value that are shown."""
 
-ABOUT = "A file of randsurgery, or any safetensors file."
-
 
 @command
 def diff(
-    a: Annotated[str, typer.Argument(metavar="A", help=ABOUT)],
-    b: Annotated[str, typer.Argument(metavar="B", help=ABOUT)],
+    a: Annotated[str, typer.Argument(metavar="A", help=files.ANY_FILE)],
+    b: Annotated[str, typer.Argument(metavar="B", help=files.ANY_FILE)],
     member_a: Annotated[
         str | None, typer.Option("--member-a", metavar="NAME", help="The member of A.")
     ] = None,
@@ -34,12 +32,7 @@ def diff(
         str | None, typer.Option("--member-b", metavar="NAME", help="The member of B.")
     ] = None,
     base: common.BaseOption = None,
-    depth: Annotated[
-        int | None,
-        typer.Option(
-            "--depth", min=1, help="Parts of a name that make a row; large: one row a tensor."
-        ),
-    ] = None,
+    depth: common.Depth = None,
     json: common.Json = False,
     quiet: common.Quiet = False,
     verbose: common.Verbose = False,
@@ -54,7 +47,17 @@ def diff(
     """
     from randsurgery.inspection.diff import diff as report_on
 
-    report = report_on(a, b, member_a=member_a, member_b=member_b, base=base)
+    files.check_file(a)
+    files.check_file(b)
+    report = report_on(
+        a,
+        b,
+        member_a=member_a,
+        member_b=member_b,
+        base=base,
+        tensors_a=files.read_by_torch(a),
+        tensors_b=files.read_by_torch(b),
+    )
     if json:
         print_json(report.to_json())
     else:

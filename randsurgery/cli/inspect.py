@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from randsurgery.cli import common
+from randsurgery.cli import common, files
 from randsurgery.cli.common import OUTPUT, command, note, print_json
 
 if TYPE_CHECKING:
@@ -15,33 +15,11 @@ if TYPE_CHECKING:
 
 app = typer.Typer(help="See what is in a file.", no_args_is_help=True)
 
-File = Annotated[
-    str,
-    typer.Argument(
-        metavar="FILE",
-        help="A safetensors file, the .safetensors.index.json of a sharded one, or a .pth (which "
-        "imports torch).",
-    ),
-]
-PICKLED = (".pth", ".pt", ".bin", ".tar", ".ckpt")
-"""What programs call what torch.save writes."""
-
-
-def _read_by_torch(file: str) -> Any:
-    """The tensors of a .pth, in memory; None for what has a header to read."""
-    if not file.lower().endswith(PICKLED):
-        return None
-    note(f"{common.clean(file)}: no safetensors file, so all of it is read, with torch")
-    from randsurgery.surgery.bases import read_base
-
-    base = read_base(file)
-    return {name: base.tensors.read(name) for name in base.names}
-
 
 @app.command("storage")
 @command
 def storage(
-    file: File,
+    file: files.File,
     tensors: Annotated[bool, typer.Option("--tensors", help="One row a tensor.")] = False,
     plot: Annotated[
         str | None,
@@ -60,7 +38,8 @@ def storage(
 
     if plot is not None:
         check_picture(plot, force=force)
-    report = report_on(file, _read_by_torch(file))
+    files.check_file(file)
+    report = report_on(file, files.read_by_torch(file))
     if json:
         print_json(report.to_json())
     else:
@@ -73,22 +52,19 @@ def storage(
 @app.command("model")
 @command
 def model(
-    file: File,
+    file: files.FileOrName,
     member: Annotated[
         str | None,
         typer.Option(
             metavar="NAME", help="Which network, if the file has several; else what they share."
         ),
     ] = None,
-    depth: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            metavar="N",
-            help="Blocks instead of layers: names cut to N parts. Default: as deep as fits 40 "
-            "rows; with --json, every layer.",
-        ),
-    ] = None,
+    depth: common.Depth = None,
+    num_classes: common.NumClasses = None,
+    img_size: common.ImgSize = None,
+    in_chans: common.InChans = None,
+    width: common.Width = None,
+    model_kwargs: common.ModelArgs = None,
     json: common.Json = False,
     quiet: common.Quiet = False,
     verbose: common.Verbose = False,
@@ -96,11 +72,21 @@ def model(
     """The network layer by layer: shapes, parameters, what is learned and what makes it; with
     input, classes and provenance. Reads the header alone."""  # fmt: skip
     from randsurgery.cli import tables
+    from randsurgery.errors import UsageError
     from randsurgery.inspection.model import inspect_model
 
-    report = inspect_model(file, member, _read_by_torch(file))
+    args = common.model_arguments(
+        model_kwargs, num_classes=num_classes, img_size=img_size, in_chans=in_chans, width=width
+    )
+    if files.means_file(file):
+        if args:
+            raise UsageError("model arguments go with an architecture, not a file")
+        report = inspect_model(file, member, files.read_by_torch(file))
+    else:
+        made, _ = files.architecture(file, None, None, args)
+        report = inspect_model(file, member, recipe=made.recipe)
     if json:
-        print_json(report.to_json(depth))
+        print_json(report.to_json(depth or 0))
     else:
         tables.show_model(report, depth)
 

@@ -40,12 +40,7 @@ def masks(
             help=f"Order of the first table: {', '.join(SORTS)}. Largest first, but for names.",
         ),
     ] = "name",
-    depth: Annotated[
-        int | None,
-        typer.Option(
-            "--depth", min=1, help="Parts of a name that make a row; large: one row a layer."
-        ),
-    ] = None,
+    depth: common.Depth = None,
     per_filter: Annotated[
         bool, typer.Option("--per-filter", help="One row a filter, here and in the CSV.")
     ] = False,

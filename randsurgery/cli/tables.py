@@ -162,12 +162,12 @@ def show_model(report: ModelReport, depth: int | None) -> None:
     chosen = report.fitting_depth() if depth is None else depth
     rows = report.layers(chosen)
     out().print()
-    if report.kind != "randsurgery":
+    if report.kind not in ("randsurgery", "architecture"):
         show(_foreign_layers(report, rows))
     else:
         show(_layers(report, rows))
-    if depth is None and chosen is not None:
-        out().print(f"blocks, as by --depth {chosen}; --depth {chosen + 1} shows more of them")
+    if depth is None and chosen:
+        out().print(f"blocks, as by --depth {chosen}; --depth 0 shows every layer")
 
 
 def _layers(report: ModelReport, rows: Sequence[Layer]) -> Table:
@@ -223,8 +223,9 @@ def _facts(report: ModelReport) -> list[tuple[str, str]]:
         "safetensors": "dense safetensors",
         "sharded safetensors": f"dense safetensors in {report.parts} parts",
         "torch.save": "of torch.save",
+        "architecture": "",
     }[report.kind]
-    facts = [("file", f"{clip(report.file)}, {about}, {size(report.bytes)}")]
+    facts = [("file", f"{clip(report.file)}, {about}, {size(report.bytes)}")] if about else []
     if report.architecture is not None:
         arguments = ", ".join(f"{k}={v}" for k, v in report.arguments.items())
         facts.append(("architecture", clip(f"{report.architecture}({arguments})", 66)))

@@ -6,7 +6,6 @@ import contextlib
 import csv
 import glob
 import io
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,6 +14,7 @@ import typer
 
 from randsurgery.cli import common
 from randsurgery.cli.common import MODEL, OUTPUT, command, note, print_json
+from randsurgery.cli.files import architecture, means_file
 
 if TYPE_CHECKING:
     from randsurgery.inspection.weight_files import Network
@@ -58,14 +58,6 @@ Sort = Annotated[
         metavar="KEY",
         help="layer, name, weights, mean, mean-abs, std, variance, min, max, zeros, norm, or "
         "change (mean |w| against the expected one).",
-        rich_help_panel=SHOW,
-    ),
-]
-Depth = Annotated[
-    int | None,
-    typer.Option(
-        min=0,
-        help="Group by so many parts of the names; 0: every layer. Default: what fits 40 rows.",
         rich_help_panel=SHOW,
     ),
 ]
@@ -116,7 +108,7 @@ def weights(
     tensors: Tensors = False,
     part: Part = "auto",
     sort: Sort = "layer",
-    depth: Depth = None,
+    depth: common.Depth = None,
     expected: Expected = False,
     norms: Norms = False,
     histogram: HistogramOf = None,
@@ -145,6 +137,7 @@ def weights(
     from randsurgery.cli import weight_tables
     from randsurgery.inspection import histograms, weight_files
     from randsurgery.inspection import weights as inspection
+    from randsurgery.inspection.grouping import fitting_depth
 
     key = inspection.check_sort(sort)
     shown = inspection.check_part(part)
@@ -169,7 +162,8 @@ def weights(
         found: dict[str, Any] = {"files": [report.to_json(norms=norms) for report in reports]}
         print_json(found if bins is None else {**found, "histogram": bins.to_json()})
     else:
-        level = inspection.fitting_depth(reports) if depth is None else depth
+        labels = (layer.label for report in reports for layer in report.layers)
+        level = fitting_depth(labels) if depth is None else depth
         weight_tables.show_weights(reports, key, shown, level, expected=expected, norms=norms)
         if bins is not None:
             weight_tables.show_histogram(bins)
@@ -222,27 +216,26 @@ def _open(
 ) -> list[list[Network]]:
     """The networks of each file or architecture. Raises RandsurgeryError."""
     from randsurgery.errors import UsageError
-    from randsurgery.inspection.weight_files import looks_like_safetensors, open_networks
+    from randsurgery.inspection.weight_files import (
+        looks_like_safetensors,
+        networks_of,
+        open_networks,
+    )
 
     opened: list[list[Network]] = []
-    names = [file for file in files if not _means_file(file)]
+    names = [file for file in files if not means_file(file)]
     if (any(v is not None for v in (drawn["init"], drawn["seed"])) or drawn["args"]) and not names:
         raise UsageError("--init, --seed and model arguments go with an architecture, not a file")
     for file, title in zip(files, _titles(files), strict=True):
         if file in names:
-            opened.append(_architecture(file, title, **drawn))
+            made, order = architecture(file, **drawn)
+            opened.append(networks_of(made, title, order))
         elif looks_like_safetensors(file) or file.endswith(".json"):
             tensors = _base(file, base) if values else None
             opened.append(open_networks(file, stack, title, base=tensors, values=values))
         else:
             opened.append(_pickled(file, title))
     return opened
-
-
-def _means_file(name: str) -> bool:
-    """True for what lies on the disk, or by its name could only be meant to."""
-    endings = (".safetensors", ".json", ".pth", ".pt", ".bin", ".ckpt", ".tar")
-    return os.path.isfile(name) or os.sep in name or name.endswith(endings)
 
 
 def _titles(files: list[str]) -> list[str]:
@@ -277,21 +270,6 @@ def _pickled(file: str, title: str) -> list[Network]:
 
     state = map_state(file)
     return [network_in_memory(title, state.tensors, state.about, state.skipped)]
-
-
-def _architecture(
-    name: str, title: str, init: str | None, seed: int | None, args: dict[str, Any]
-) -> list[Network]:
-    from randsurgery.inspection.weight_files import networks_of
-    from randsurgery.surgery.architectures import build_meta, check_name, spec_of
-    from randsurgery.surgery.initialisers import check_init
-    from randsurgery.surgery.recipes import make_recipe
-
-    check_name(name)
-    kind = check_init(init or "signed-constant")
-    made = make_recipe(name, kind, seed=seed or 0, args=args)
-    order = list(build_meta(spec_of(name, args)).state_dict())
-    return networks_of(made, title, order)
 
 
 def _write_csv(reports: Iterable[WeightsReport], path: str) -> None:

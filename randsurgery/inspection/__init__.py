@@ -3,6 +3,7 @@ but for what builds a network (``verify.check_architecture``).
 
 pictures  figures to files
 floats    tensors of any dtype as numbers
+grouping  names in order, by block, selected by pattern
 headers   what a file says of its tensors, whoever wrote it
 verify    every digest of a file, or of all files in a folder
 members   what each member of a file adds
@@ -10,7 +11,6 @@ storage   where a file's bytes go, against a dense file
 layers    tensors and layers as a header shows them
 model     the network layer by layer
 curves    the records of a run, as a picture
-grouping  tensors by block, selected by pattern
 networks  one network of a file, ours or not: its header's word, and its tensors one by one
 overlap   two masks against each other, and against chance
 masks     what masks keep: densities, dead filters, signs, overlap, bytes against entropy

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -21,7 +21,7 @@ from randsurgery.errors import FileFormatError
 from randsurgery.format.masks import popcount
 from randsurgery.format.tensors import RawTensor, as_words
 from randsurgery.inspection.floats import nonfinite, numbers
-from randsurgery.inspection.grouping import natural
+from randsurgery.inspection.grouping import natural, place
 from randsurgery.inspection.networks import Kind, Network, Ours, give_base, open_network
 from randsurgery.inspection.overlap import share
 
@@ -122,18 +122,21 @@ def diff(
     member_a: str | None = None,
     member_b: str | None = None,
     base: str | os.PathLike[str] | None = None,
+    tensors_a: Mapping[str, RawTensor] | None = None,
+    tensors_b: Mapping[str, RawTensor] | None = None,
 ) -> DiffReport:
-    """Compare two networks: members of files of ours, or other safetensors files. ``base``: what
-    either builds on, where that does not lie beside it.
+    """Compare two networks: members of files of ours, or other safetensors files, sharded or not.
+    ``base``: what either builds on, where that does not lie beside it. ``tensors_a``,
+    ``tensors_b``: what a file of another format holds, read by whoever can.
 
     Raises FileFormatError, UsageError (a member that must be named, or is not there), or
     IncompatibleError (a base that is missing where the headers do not suffice).
     """
     with contextlib.ExitStack() as stack:
-        one = open_network(a, member_a, "--member-a", stack)
-        two = open_network(b, member_b, "--member-b", stack)
+        one = open_network(a, member_a, "--member-a", stack, tensors_a)
+        two = open_network(b, member_b, "--member-b", stack, tensors_b)
         give_base([network.opened for network in (one, two) if isinstance(network, Ours)], base)
-        names = sorted({*one.names, *two.names}, key=natural)
+        names = sorted({*one.names, *two.names}, key=place)
         held, known = (set(one.names), set(two.names)), len(names)
         found, rebuilt = [], 0
         for name in names:

@@ -3,6 +3,7 @@ safetensors file, sharded ones by their index, and tensors that another program'
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Mapping
@@ -17,9 +18,7 @@ from randsurgery.format.container import MAX_HEADER, Container, TensorInfo
 from randsurgery.format.recipe import Member, Recipe
 from randsurgery.format.tensors import RawTensor
 
-Kind = Literal["randsurgery", "safetensors", "sharded safetensors", "torch.save"]
-
-INDEX = ".safetensors.index.json"
+Kind = Literal["randsurgery", "safetensors", "sharded safetensors", "torch.save", "architecture"]
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,7 @@ def read_header(path: str | os.PathLike[str]) -> Header:
 
     Raises FileFormatError.
     """
-    if Path(path).name.endswith(INDEX):
+    if is_index(path):
         return _sharded(Path(path))
     with Container(path) as file:
         recipe = None
@@ -71,24 +70,50 @@ def header_of(path: str | os.PathLike[str], tensors: Mapping[str, RawTensor]) ->
     return Header(Path(path).name, "torch.save", size, max(0, size - at), infos, {})
 
 
-def _sharded(path: Path) -> Header:
-    """All parts that an index names; each lies beside it, under a bare name."""
+def header_of_recipe(name: str, recipe: Recipe) -> Header:
+    """The same of a network that no file has been written of."""
+    return Header(name, "architecture", 0, 0, {}, {}, recipe, 0)
+
+
+def is_index(path: str | os.PathLike[str]) -> bool:
+    """True if the name says that it is the index of a sharded file."""
+    return Path(path).suffix == ".json"
+
+
+def open_shards(path: Path, stack: contextlib.ExitStack) -> dict[str, Container]:
+    """The part that each tensor of a sharded file lies in, opened; ``stack`` closes them. Every
+    part lies beside the index, under a bare name. Raises FileFormatError."""
     places = _weight_map(path)
-    infos: dict[str, TensorInfo] = {}
-    size = rest = path.stat().st_size
-    parts = sorted(set(places.values()))
-    for part in parts:
-        with Container(path.parent / part) as file:
-            if METADATA_KEY in file.metadata:
-                raise FileFormatError(f"{path.name}: {part!r} is a file of randsurgery, no part")
-            size, rest = size + file.size, rest + file.header_bytes
-            if twice := sorted(set(infos) & set(file.infos)):
-                raise FileFormatError(f"{path.name}: {twice[0]!r} lies in two parts")
-            infos.update(file.infos)
-            here = {name for name, place in places.items() if place == part}
-            if missing := sorted(here - set(file.infos)):
-                raise FileFormatError(f"{path.name}: {missing[0]!r} is not in {part}")
-    return Header(path.name, "sharded safetensors", size, rest, infos, {}, None, len(parts))
+    found: dict[str, Container] = {}
+    for part in sorted(set(places.values())):
+        file = stack.enter_context(Container(path.parent / part))
+        if METADATA_KEY in file.metadata:
+            raise FileFormatError(f"{path.name}: {part!r} is a file of randsurgery, no part")
+        if twice := sorted(set(found) & set(file.infos)):
+            raise FileFormatError(f"{path.name}: {twice[0]!r} lies in two parts")
+        found.update(dict.fromkeys(file.infos, file))
+        here = {name for name, place in places.items() if place == part}
+        if missing := sorted(here - set(file.infos)):
+            raise FileFormatError(f"{path.name}: {missing[0]!r} is not in {part}")
+    return found
+
+
+def _sharded(path: Path) -> Header:
+    """All parts that an index names."""
+    with contextlib.ExitStack() as stack:
+        found = open_shards(path, stack)
+        parts = {file.path: file for file in found.values()}.values()
+        index = path.stat().st_size
+        return Header(
+            path.name,
+            "sharded safetensors",
+            index + sum(part.size for part in parts),
+            index + sum(part.header_bytes for part in parts),
+            {name: info for part in parts for name, info in part.infos.items()},
+            {},
+            None,
+            len(parts),
+        )
 
 
 def _weight_map(path: Path) -> dict[str, str]:

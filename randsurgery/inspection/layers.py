@@ -156,12 +156,6 @@ def layer_of(tensor: str) -> str:
     return tensor.rpartition(".")[0] or tensor
 
 
-def natural(name: str) -> list[tuple[bool, int, str]]:
-    """A key that sorts numbers in names as numbers: block 2 before block 10."""
-    parts = re.split(r"([0-9]{1,18})", name)  # every second one is a number
-    return [(bool(i % 2), int(part) if i % 2 else 0, part) for i, part in enumerate(parts) if part]
-
-
 def layer_from(name: str, tensors: list[TensorView]) -> Layer:
     """Tensors of a layer or a block, put together."""
     own = [tensor for tensor in tensors if not tensor.buffer] or tensors

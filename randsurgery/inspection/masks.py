@@ -24,7 +24,7 @@ from randsurgery.format.checkpoint import is_checkpoint
 from randsurgery.format.container import Container, write_atomically
 from randsurgery.format.masks import Mask, entropy_bytes
 from randsurgery.inspection.floats import nonfinite, numbers
-from randsurgery.inspection.grouping import natural, selected
+from randsurgery.inspection.grouping import place, selected
 from randsurgery.inspection.networks import OpenFile, Ours, give_base
 from randsurgery.inspection.overlap import LayerOverlap, Overlap, overlap, share
 
@@ -190,7 +190,7 @@ def masks(
         rows: dict[str, list[LayerMask]] = {label: [] for label in networks}
         pairs: Pairs = {pair: [] for pair in combinations(networks, 2)}
         missing: set[str] = set()
-        for name in selected(sorted(masked, key=natural), patterns):
+        for name in selected(sorted(masked, key=place), patterns):
             kept = {label: mask for label, network in networks.items()
                     if (mask := network.kept(name)) is not None}  # fmt: skip
             for label, mask in kept.items():

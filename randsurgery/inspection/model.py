@@ -1,7 +1,7 @@
 """The network in a file, layer by layer, from its header alone.
 
-Layers are listed in order of their names, numbers as numbers, the classifier last: no file records
-the order in which a network runs through them.
+Layers are listed in the order that their names suggest: no file records the one in which a network
+runs through them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from randsurgery.errors import UsageError, near
 from randsurgery.format.recipe import Member, Recipe
 from randsurgery.format.specs import DatasetSpec, HeadSpec, InputSpec
 from randsurgery.format.tensors import RawTensor
-from randsurgery.inspection.headers import Header, header_of, read_header
+from randsurgery.inspection.grouping import fitting_depth, grouped, natural
+from randsurgery.inspection.headers import Header, header_of, header_of_recipe, read_header
 from randsurgery.inspection.layers import (
     Layer,
     TensorView,
@@ -24,13 +25,9 @@ from randsurgery.inspection.layers import (
     layer_from,
     layer_of,
     masked,
-    natural,
     tensor_view,
     total,
 )
-
-ROWS, FEW, MOST = 40, 6, 120
-"""Layers that fit at a glance; where there are more, they are shown by block."""
 
 
 @dataclass(frozen=True)
@@ -93,36 +90,18 @@ class ModelReport:
         """The member whose tensors these are."""
         return next((m for m in self.members if m.name == self.member), None)
 
-    def layers(self, depth: int | None = None) -> list[Layer]:
+    def layers(self, depth: int = 0) -> list[Layer]:
         """The layers, or with ``depth`` blocks: all whose names agree in so many parts."""
-        found: dict[str, list[TensorView]] = {}
-        for tensor in self.tensors:
-            name = layer_of(tensor.name)
-            name = name if depth is None else ".".join(name.split(".")[:depth])
-            found.setdefault(name, []).append(tensor)
         view = self.shown or next(iter(self.members), None)
-        head = str(view.head["name"]) if view is not None and view.head else ""
+        head = str(view.head["name"]) if view is not None and view.head else None
+        blocks = grouped(self.tensors, lambda tensor: layer_of(tensor.name), depth, head)
+        return [layer_from(name, tensors) for name, tensors in blocks.items()]
 
-        def place(name: str) -> tuple[bool, list[tuple[bool, int, str]]]:
-            return bool(head) and (name == head or name.startswith(head + ".")), natural(name)
+    def fitting_depth(self) -> int:
+        """How deep to look at a glance."""
+        return fitting_depth(layer_of(tensor.name) for tensor in self.tensors)
 
-        return [layer_from(name, found[name]) for name in sorted(found, key=place)]
-
-    def fitting_depth(self) -> int | None:
-        """How deep to look at a glance: None, every layer, if all fit or if names have no blocks to
-        speak of; else the greatest depth of at most ``ROWS`` rows, or of ``MOST`` where that would
-        show ``FEW`` only, as of a long row of equal blocks."""
-        names = {layer_of(tensor.name) for tensor in self.tensors}
-        if len(names) <= ROWS:
-            return None
-        depths = range(1, max(name.count(".") + 1 for name in names))
-        rows = {depth: len({".".join(n.split(".")[:depth]) for n in names}) for depth in depths}
-        fitting = max((depth for depth in depths if rows[depth] <= ROWS), default=None)
-        if fitting is not None and rows[fitting] <= FEW and rows.get(fitting + 1, MOST + 1) <= MOST:
-            fitting += 1
-        return fitting
-
-    def to_json(self, depth: int | None = None) -> dict[str, Any]:
+    def to_json(self, depth: int = 0) -> dict[str, Any]:
         """Plain values: the layers in place of the tensors."""
         found = asdict(self)
         del found["tensors"]
@@ -143,14 +122,19 @@ def inspect_model(
     path: str | os.PathLike[str],
     member: str | None = None,
     tensors: Mapping[str, RawTensor] | None = None,
+    recipe: Recipe | None = None,
 ) -> ModelReport:
     """Report on the network in a file of randsurgery, or in any safetensors file.
 
     ``member``: which network, if the file has several; without it, what they share. ``tensors``:
-    what a file of another format holds, read by whoever can. Raises FileFormatError, and UsageError
-    for a member that is not there.
+    what a file of another format holds, read by whoever can. ``recipe``: a network that is in no
+    file; ``path`` is its name. Raises FileFormatError, and UsageError for a member that is not
+    there.
     """
-    header = read_header(path) if tensors is None else header_of(path, tensors)
+    if recipe is not None:
+        header = header_of_recipe(str(path), recipe)
+    else:
+        header = read_header(path) if tensors is None else header_of(path, tensors)
     recipe = header.recipe
     if recipe is None:
         if member is not None:

@@ -9,8 +9,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -41,6 +42,7 @@ from randsurgery.format.recipe import (
     StoredSource,
 )
 from randsurgery.format.tensors import RawTensor
+from randsurgery.inspection.headers import is_index, open_shards
 
 Kind = tuple[str, tuple[int, ...]]
 """(dtype, shape)"""
@@ -85,18 +87,19 @@ class OpenFile:
 
 @dataclass(frozen=True)
 class Dense:
-    """A safetensors file of another program."""
+    """A file of another program: the dtypes and shapes it tells, and who reads a tensor."""
 
-    file: Container
+    kinds: Mapping[str, Kind]
+    read: Callable[[str], RawTensor]
 
     @property
     def names(self) -> list[str]:
         """Names of the tensors."""
-        return sorted(self.file.infos)
+        return sorted(self.kinds)
 
     def kind(self, name: str) -> Kind:
         """The tensor's dtype and shape."""
-        return self.file.infos[name].dtype, self.file.infos[name].shape
+        return self.kinds[name]
 
     def sure(self, name: str) -> set[bytes]:
         """The header says nothing of a tensor's bits."""
@@ -104,7 +107,7 @@ class Dense:
 
     def tensor(self, name: str) -> RawTensor:
         """The tensor."""
-        return self.file.read(name)
+        return self.read(name)
 
     def kept(self, name: str) -> Mask | None:
         """No mask."""
@@ -266,18 +269,31 @@ def give_base(files: Sequence[OpenFile], base: str | os.PathLike[str] | None) ->
 
 
 def open_network(
-    path: str | os.PathLike[str], member: str | None, option: str, stack: contextlib.ExitStack
+    path: str | os.PathLike[str],
+    member: str | None,
+    option: str,
+    stack: contextlib.ExitStack,
+    tensors: Mapping[str, RawTensor] | None = None,
 ) -> Network:
-    """The only member of a file, the named one, or a file of another program; ``stack`` closes it.
+    """The only member of a file, the named one, or a file of another program, sharded or not;
+    ``tensors``: what a file of another format holds; ``stack`` closes what was opened.
 
     Raises UsageError, naming ``option``, if it must be named or there is none of that name.
     """
-    container = stack.enter_context(Container(path))
-    file = container.path.name
-    if not is_checkpoint(container):
+    file = Path(path).name
+    dense: Dense | None = None
+    if tensors is not None:
+        dense = Dense({n: (t.dtype, t.shape) for n, t in tensors.items()}, tensors.__getitem__)
+    elif is_index(path):
+        dense = _in_files(open_shards(Path(path), stack))
+    else:
+        container = stack.enter_context(Container(path))
+        if not is_checkpoint(container):
+            dense = _in_files(dict.fromkeys(container.infos, container))
+    if dense is not None:
         if member is not None:
             raise UsageError(f"{file} is not of randsurgery and has no members; leave {option} out")
-        return Dense(container)
+        return dense
     opened = stack.enter_context(OpenFile(path))
     names = [one.name for one in opened.checkpoint.recipe.members]
     if member is None and len(names) > 1:
@@ -288,3 +304,10 @@ def open_network(
         hint = near(member, names) or f"; members: {', '.join(names)}"
         raise UsageError(f"{option}: {file} has no member {member!r}{hint}")
     return Ours(opened, opened.checkpoint.member(member))
+
+
+def _in_files(files: Mapping[str, Container]) -> Dense:
+    """Tensors by the file that each lies in."""
+    infos = {name: file.infos[name] for name, file in files.items()}
+    kinds = {name: (info.dtype, info.shape) for name, info in infos.items()}
+    return Dense(kinds, lambda name: files[name].read(name))

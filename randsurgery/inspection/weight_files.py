@@ -17,8 +17,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from randsurgery.errors import FileFormatError, UsageError
-from randsurgery.format.canonical import strict_json
+from randsurgery.errors import UsageError
 from randsurgery.format.checkpoint import (
     METADATA_KEY,
     Checkpoint,
@@ -46,6 +45,7 @@ from randsurgery.format.recipe import (
     StoredSource,
 )
 from randsurgery.format.tensors import RawTensor
+from randsurgery.inspection.headers import is_index, open_shards
 from randsurgery.inspection.moments import Fetch
 
 Labels = npt.NDArray[np.uint8]
@@ -54,8 +54,6 @@ PARTS: tuple[Part, ...] = ("fixed", "learned", "masked")
 """Learned: values that a member brings. Fixed: drawn, or another checkpoint's. Masked: set to zero.
 An element's label is its part's place here."""
 FIXED, LEARNED, MASKED = range(3)
-
-INDEX = ".safetensors.index.json"
 
 
 @dataclass(frozen=True)
@@ -140,8 +138,9 @@ def open_networks(
     """The networks of a safetensors file, of randsurgery or not, or of a sharded one's index;
     ``stack`` closes what was opened. ``title``: what to call the file. ``values`` false: no base is
     needed. Raises FileFormatError, or IncompatibleError for a base that is missing."""
-    if Path(path).name.endswith(".json"):
-        return [_sharded(Path(path), stack, title)]
+    if is_index(path):
+        shards = open_shards(Path(path), stack)
+        return [Network(title, tuple(_stored(shards[name], name) for name in sorted(shards)))]
     container = stack.enter_context(Container(path))
     if not is_checkpoint(container):
         tensors = tuple(_stored(container, name) for name in sorted(container.infos))
@@ -153,7 +152,7 @@ def open_networks(
 
 def builds_on_base(path: str | os.PathLike[str]) -> bool:
     """True for a file of randsurgery that names a base. Raises FileFormatError."""
-    if Path(path).suffix == ".json":
+    if is_index(path):
         return False
     with Container(path) as container:
         if not is_checkpoint(container):
@@ -211,45 +210,6 @@ def _stored(container: Container, name: str) -> TensorSource:
         return container.read_part(name, start, stop)
 
     return TensorSource(name, info.dtype, info.shape, lambda: fetch)
-
-
-def _sharded(path: Path, stack: contextlib.ExitStack, title: str) -> Network:
-    """The tensors that an index names, wherever they lie beside it."""
-    shards: dict[str, Container] = {}
-    tensors = []
-    for name, file in _weight_map(path).items():
-        if file not in shards:
-            shards[file] = stack.enter_context(Container(path.parent / file))
-        if name not in shards[file].infos:
-            raise FileFormatError(
-                f"{path.name}: {file} lacks {name[:100]!r}, which the index names"
-            )
-        tensors.append(_stored(shards[file], name))
-    return Network(title, tuple(tensors))
-
-
-def _weight_map(path: Path) -> dict[str, str]:
-    try:
-        if path.stat().st_size > 100_000_000:
-            raise FileFormatError(f"{path.name}: an index of more than 100 MB")
-        found = strict_json(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise FileFormatError(f"{path}: no such file") from None
-    except OSError as error:
-        raise FileFormatError(f"{path}: cannot be opened ({error.strerror})") from None
-    except ValueError as error:  # and text that is not UTF-8
-        raise FileFormatError(f"{path.name}: the index is not valid JSON ({error})") from None
-    entries = found.get("weight_map") if isinstance(found, dict) else None
-    if not isinstance(entries, dict) or not all(isinstance(v, str) for v in entries.values()):
-        raise FileFormatError(
-            f"{path.name}: not the index of a sharded safetensors file (no weight_map of names)"
-        )
-    for file in entries.values():
-        if Path(file).name != file or "\\" in file or ":" in file or "\0" in file:
-            raise FileFormatError(
-                f"{path.name}: names the shard {file[:100]!r}, which is not a bare file name"
-            )
-    return entries
 
 
 # --- files of randsurgery ------------------------------------------------------------------------

@@ -3,9 +3,7 @@ beside those of the initial distribution (Rosenfeld & Tsotsos, Section 4.4)."""
 
 from __future__ import annotations
 
-import fnmatch
 import math
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
@@ -14,6 +12,7 @@ import numpy as np
 
 from randsurgery.errors import UsageError, near
 from randsurgery.format.checkpoint import in_threads
+from randsurgery.inspection.grouping import block, hits, place
 from randsurgery.inspection.moments import Summary, joined, summarise, summarise_parts
 from randsurgery.inspection.weight_files import (
     FIXED,
@@ -29,8 +28,6 @@ Shown = Literal["auto", "learned", "fixed", "all"]
 """Which values to look at; auto: the learned ones, else those that are kept, else all."""
 
 THREADS = 2
-ROWS, FEW = 40, 8
-"""Rows that a table has at most, and those that are too few, unless a depth is asked for."""
 
 
 @dataclass(frozen=True)
@@ -135,14 +132,6 @@ def is_layer(tensor: TensorSource) -> bool:
     return len(tensor.shape) > 1 and tensor.dtype.startswith(("F", "BF"))
 
 
-def matches(pattern: str, name: str) -> bool:
-    """True if the pattern is the tensor's name, its layer's or its block's; ``*`` as in a shell."""
-    layer = name.removesuffix(".weight")
-    return name.startswith(f"{pattern}.") or any(
-        fnmatch.fnmatchcase(text, pattern) for text in (name, layer)
-    )
-
-
 def chosen(
     networks: Sequence[Network], patterns: Sequence[str] = (), *, everything: bool = False
 ) -> list[list[TensorSource]]:
@@ -153,37 +142,16 @@ def chosen(
     layers = {t.name for n in networks for t in n.tensors if everything or is_layer(t)}
     wanted = set() if patterns else layers
     for pattern in patterns:
-        hits = {name for name in names if matches(pattern, name)}
-        if not hits:
-            blocks = {block_of(name, depth) for name in names for depth in range(5)}
-            hint = near(pattern, sorted(blocks))
-            raise UsageError(f"--filter {pattern!r} matches no tensor{hint}")
-        wanted |= hits & layers or hits
+        found = hits(names, pattern)
+        wanted |= found & layers or found
     return [[t for t in in_order(network) if t.name in wanted] for network in networks]
 
 
-_WRAPPERS = r"^((module|_orig_mod|model|backbone)\.)*"
-_FIRST = re.compile(
-    _WRAPPERS + r"(conv1|conv_?stem|stem|features|patch_embed|cls_token|pos_embed|embed\w*|wte)\b"
-)
-_LAST = re.compile(_WRAPPERS + r"(head\w*|fc|classifier|lm_head|last_linear|output)\b")
-
-
 def in_order(network: Network) -> list[TensorSource]:
-    """The tensors from the network's first to its last layer. Safetensors files forget the order:
-    there, stems come first and classifiers last by their usual names, and numbers count as such."""
+    """The tensors from the network's first to its last layer."""
     if network.ordered:
         return list(network.tensors)
-
-    def place(tensor: TensorSource) -> tuple[int, list[tuple[int, int, str]]]:
-        name = tensor.name
-        rank = 0 if _FIRST.match(name) else 2 if _LAST.match(name) else 1
-        if network.head and (name == network.head or name.startswith(f"{network.head}.")):
-            rank = 3
-        pieces = re.findall(r"[0-9]+|[^0-9]+", name)
-        return rank, [(0, int(p), "") if p[0] in "0123456789" else (1, 0, p) for p in pieces]
-
-    return sorted(network.tensors, key=place)
+    return sorted(network.tensors, key=lambda tensor: place(tensor.name, network.head))
 
 
 # --- statistics ----------------------------------------------------------------------------------
@@ -237,28 +205,11 @@ def _measured(tensor: TensorSource) -> LayerWeights:
 # --- blocks --------------------------------------------------------------------------------------
 
 
-def block_of(label: str, depth: int) -> str:
-    """The block that a layer belongs to: the first parts of its name; all of them for depth 0."""
-    return ".".join(label.split(".")[:depth]) if depth else label
-
-
-def fitting_depth(reports: Iterable[WeightsReport], rows: int = ROWS) -> int:
-    """The greatest depth at which all layers make no more than so many rows, or the next one where
-    that leaves hardly any; 0 if they do as they are."""
-    labels = {layer.label for report in reports for layer in report.layers}
-    if len(labels) <= rows:
-        return 0
-    depths = range(1, max(label.count(".") for label in labels) + 2)
-    counts = {depth: len({block_of(label, depth) for label in labels}) for depth in depths}
-    found = max((depth for depth in depths if counts[depth] <= rows), default=1)
-    return min(found + 1, depths[-1]) if counts[found] < FEW else found
-
-
 def in_blocks(layers: Sequence[LayerWeights], depth: int) -> list[LayerWeights]:
     """Layers of one block taken together, in the order of its first; depth 0: as they are."""
     groups: dict[str, list[LayerWeights]] = {}
     for layer in layers:
-        groups.setdefault(block_of(layer.label, depth), []).append(layer)
+        groups.setdefault(block(layer.label, depth), []).append(layer)
     return [group[0] if depth == 0 else _block(name, group) for name, group in groups.items()]
 
 

@@ -1,0 +1,67 @@
+"""What ``inspect`` is given: files of any origin, and architectures by name. torch is imported for
+an architecture and for another program's pickle, and nowhere else."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from randsurgery.cli.common import clean, note
+from randsurgery.errors import FileFormatError
+
+if TYPE_CHECKING:
+    from randsurgery.format.checkpoint import Checkpoint
+
+PICKLED = (".pth", ".pt", ".bin", ".tar", ".ckpt")
+"""What programs call what torch.save writes."""
+
+ANY_FILE = (
+    "A safetensors file, the .safetensors.index.json of a sharded one, or a .pth (which imports "
+    "torch)."
+)
+
+File = Annotated[str, typer.Argument(metavar="FILE", help=ANY_FILE)]
+FileOrName = Annotated[
+    str, typer.Argument(metavar="FILE", help=f"{ANY_FILE[:-1]}, or a timm architecture.")
+]
+
+
+def means_file(name: str) -> bool:
+    """True for what lies on the disk, or by its name could only be meant to."""
+    endings = (".safetensors", ".json", *PICKLED)
+    return os.path.exists(name) or os.sep in name or name.lower().endswith(endings)
+
+
+def check_file(name: str) -> None:
+    """Raises FileFormatError for what may be an architecture, where only a file will do."""
+    if not means_file(name):
+        raise FileFormatError(
+            f"{name}: no such file; if it is an architecture, `randsurgery init {name}` writes one"
+        )
+
+
+def read_by_torch(file: str) -> Any:
+    """The tensors of a .pth, in memory; None for what has a header to read."""
+    if not file.lower().endswith(PICKLED):
+        return None
+    note(f"{clean(file)}: no safetensors file, so all of it is read, with torch")
+    from randsurgery.surgery.bases import read_base
+
+    base = read_base(file)
+    return {name: base.tensors.read(name) for name in base.names}
+
+
+def architecture(
+    name: str, init: str | None, seed: int | None, args: dict[str, Any]
+) -> tuple[Checkpoint, list[str]]:
+    """A network of that architecture as init would write it, and its tensors' names from the first
+    layer to the last. Raises UsageError listing architectures near the name."""
+    from randsurgery.surgery.architectures import build_meta, check_name, spec_of
+    from randsurgery.surgery.initialisers import check_init
+    from randsurgery.surgery.recipes import make_recipe
+
+    check_name(name)
+    made = make_recipe(name, check_init(init or "signed-constant"), seed=seed or 0, args=args)
+    return made, list(build_meta(spec_of(name, args)).state_dict())
