@@ -300,14 +300,15 @@ def _input(seen: dict[str, Any]) -> str:
 
 
 def _in_short(view: MemberView) -> str:
-    command = view.provenance.get("command")
+    metrics = view.provenance.get("metrics")
+    accuracy = metrics.get("test_accuracy") if isinstance(metrics, dict) else None
     parts = [
         f"{view.head['classes']:,} classes" if view.head else "",
         str(view.dataset["name"]) if view.dataset else "",
         _told_learned(view.learned, view.masked, view.planned),
-        command if isinstance(command, str) else "",
+        f"accuracy {accuracy:.4f}" if isinstance(accuracy, float) else "",
     ]
-    return clip(", ".join(part for part in parts if part) or "says nothing of itself")
+    return clip(", ".join(part for part in parts if part) or "says nothing of itself", 64)
 
 
 TOLD = (

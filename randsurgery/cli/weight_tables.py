@@ -48,7 +48,9 @@ def show_weights(
     else:
         _show_moments(rows[0], shown)
     for number, report in enumerate(reports):
-        _show_about(report, f"[{number + 1}] " if len(reports) > 1 else "", shown, expected)
+        apart = len(reports) == 1 and not norms and shown == "auto"
+        about = [] if expected else _of_parts(report, shown, apart=apart)
+        _show_about(report, f"[{number + 1}] " if len(reports) > 1 else "", about)
     layers = len({layer.label for report in reports for layer in report.layers})
     blocks = len({row.label for each in rows for row in each})
     if blocks < layers:
@@ -134,6 +136,8 @@ def _show_side_by_side(
         for first in range(0, len(rows), SIDE_BY_SIDE):
             numbers = range(first, min(first + SIDE_BY_SIDE, len(rows)))
             heads = [f"[{number + 1}]" for number in numbers]
+            if first or title != columns[0][0]:
+                out().print()
             made = table(title, *heads, "expected", right=tuple(range(1, len(heads) + 2)))
             for label in labels:
                 layers = [by_label[number].get(label) for number in numbers]
@@ -149,11 +153,10 @@ def _cell(layer: LayerWeights | None, name: str, shown: Shown, expected: bool) -
     return figure(None if found is None else getattr(found, name))
 
 
-def _show_about(report: WeightsReport, number: str, shown: Shown, expected: bool) -> None:
-    """What a file holds, what the figures are of, and what was left out."""
-    lines = [f"{report.name}: holds no tensor" if not report.tensors else _holds(report)]
-    if report.layers and not expected:
-        lines += _of_parts(report, shown)
+def _show_about(report: WeightsReport, number: str, parts: list[str]) -> None:
+    """What a file holds, of which ``parts`` the figures are, and what was left out."""
+    lines = [f"{report.name}: holds no tensor" if not report.tensors else _holds(report), *parts]
+    if report.layers:
         odd = [la for la in report.layers if la.all is not None and la.all.finite < la.all.count]
         for layer in odd[:10]:
             assert layer.all is not None
@@ -188,9 +191,9 @@ def _many(count: int, what: str) -> str:
     return f"{count:,} {what}{'' if count == 1 else 's'}"
 
 
-def _of_parts(report: WeightsReport, shown: Shown) -> list[str]:
+def _of_parts(report: WeightsReport, shown: Shown, *, apart: bool) -> list[str]:
     """How much was learned, stayed fixed and is masked, and which of them the figures are of, where
-    the file tells."""
+    the file tells; ``apart``: learned and fixed values have rows of their own."""
     learned, fixed = (
         sum(s.count for layer in report.layers if (s := getattr(layer, part)) is not None)
         for part in ("learned", "fixed")
@@ -204,6 +207,8 @@ def _of_parts(report: WeightsReport, shown: Shown) -> list[str]:
     ) if count]  # fmt: skip
     if len(told) == 1:
         return [f"all {told[0]}"]
+    if apart and learned and fixed:
+        return [", ".join(told)]
     of = f"the {shown} values" if shown in ("learned", "fixed") else "all of them"
     if shown == "auto":
         of = "the learned values" if learned else "the fixed values"

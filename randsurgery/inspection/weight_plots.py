@@ -183,6 +183,8 @@ def plot_histogram(found: Histogram, path: str | os.PathLike[str], escape: Escap
         handles.append(Line2D([], [], color=GREY, linestyle=DASHES))
         titles.append(EXPECTED)
     axes.set_yscale("log")
+    most = max((sum(counts) for counts in found.counts.values()), default=0)
+    axes.set_ylim(bottom=0.4 / max(1, most))  # less than one value is nothing that could be seen
     axes.set_ylabel("share of the values, a bin")
     _write(axes.set_xlabel(" "), escape(found.layer))
     axes.grid(alpha=0.3)
