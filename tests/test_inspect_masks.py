@@ -507,7 +507,7 @@ def test_three_hundred_layers_fit_a_terminal(tmp_path: Path) -> None:
     deep = shown(path, "--depth", 0)
     assert max(map(len, deep.splitlines())) <= 80
     assert len(deep.splitlines()) > 300
-    assert shown(path, "--depth", 1).splitlines()[3].split()[1] == "14.4k"
+    assert shown(path, "--depth", 1).splitlines()[3].split()[1] == "14K"
     both = shown(path, other)
     assert max(map(len, both.splitlines())) <= 80
     assert len(both.splitlines()) < 60

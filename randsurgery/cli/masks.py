@@ -119,13 +119,15 @@ def _show_rows(what: str, rows: list[tuple[str, Summary]], sort: str) -> None:
     }
     if sort != "name":  # what is not known comes last
         rows = sorted(rows, key=lambda row: -(-1.0 if (key := keys[sort](row[1])) is None else key))
+    from randsurgery.cli.render import params
+
     made = _narrow(
         what, "weights", "kept", "by\nfilter", "dead\nfilters", "dead\ninputs", "> 0\nkept",
         "> 0\nall", "times\nbound",
     )  # fmt: skip
     for name, row in rows:
         made.add_row(
-            clean(name), count(row.size), percent(row.density), _span(row.lowest, row.highest),
+            clean(name), params(row.size), percent(row.density), _span(row.lowest, row.highest),
             f"{row.dead_filters:,}", f"{row.dead_inputs:,}", percent(row.positive_kept),
             percent(row.positive_all), "-" if row.bound is None else f"{row.bound:.3f}",
         )  # fmt: skip
@@ -235,11 +237,3 @@ def percent(share: float | None) -> str:
     if 0 < share < 0.0005:
         return "<0.1%"
     return ">99.9%" if 0.9995 <= share < 1 else f"{share:.1%}"
-
-
-def count(number: int) -> str:
-    """A number of weights in few letters: 9.44M."""
-    for unit, least in (("G", 10**9), ("M", 10**6), ("k", 10**4)):
-        if number >= least:
-            return f"{number / (1000 if unit == 'k' else least):.3g}{unit}"
-    return f"{number:,}"

@@ -104,9 +104,17 @@ def bar(share: float, room: int, encoding: str = "utf-8") -> str:
 
 def show_verify(report: VerifyReport) -> None:
     """One line if all agreed, else the checks that failed."""
-    for check in report.failures:
-        out().print(clean(f"{check.what}: {check.detail}"))
+    for line in _failures(report):
+        out().print(line)
     out().print(f"{clean(report.file)}: {_outcome(report)}")
+
+
+def _failures(report: VerifyReport) -> list[str]:
+    """What is wrong, each fault once: a corrupt payload also fails the tensor made of it."""
+    found: dict[str, str] = {}
+    for check in report.failures:
+        found.setdefault(check.detail, check.what)
+    return [clean(f"{what}: {detail}") for detail, what in found.items()]
 
 
 def _outcome(report: VerifyReport) -> str:
@@ -133,9 +141,10 @@ def show_verified(report: VerifyReport) -> None:
         console.print(f"{name}: FAILED, {clean(report.fault)}")
     else:
         console.print(f"{name}: {'' if report.ok else 'FAILED, '}{_outcome(report)}")
-        for check in report.failures[:5]:
-            console.print(clean(f"  {check.what}: {check.detail}"))
-        if (left := len(report.failures) - 5) > 0:
+        lines = _failures(report)
+        for line in lines[:5]:
+            console.print(f"  {line}")
+        if (left := len(lines) - 5) > 0:
             console.print(f"  and {left:,} more; verify this file alone to see them")
 
 
@@ -266,7 +275,7 @@ def _told_learned(learned: int | None, masked: int, planned: bool) -> str:
         return "survivors of several masks, which no header counts"
     parts = [f"{masked:,} weights by a mask"] if masked else []
     parts += [f"{learned - masked:,} values"] if learned - masked else []
-    return (" and ".join(parts) or "nothing learned") + (", as planned" if planned else "")
+    return (" and ".join(parts) or "nothing") + (", as planned" if planned else "")
 
 
 def _about(view: MemberView) -> list[tuple[str, str]]:
@@ -302,10 +311,11 @@ def _input(seen: dict[str, Any]) -> str:
 def _in_short(view: MemberView) -> str:
     metrics = view.provenance.get("metrics")
     accuracy = metrics.get("test_accuracy") if isinstance(metrics, dict) else None
+    learned = _told_learned(view.learned, view.masked, view.planned)
     parts = [
         f"{view.head['classes']:,} classes" if view.head else "",
         str(view.dataset["name"]) if view.dataset else "",
-        _told_learned(view.learned, view.masked, view.planned),
+        "nothing learned" if learned == "nothing" else learned,
         f"accuracy {accuracy:.4f}" if isinstance(accuracy, float) else "",
     ]
     return clip(", ".join(part for part in parts if part) or "says nothing of itself", 64)
