@@ -21,8 +21,10 @@ from randsurgery.errors import FileFormatError
 from randsurgery.format.container import Container, pack
 from randsurgery.format.rebuild import split_payload_name
 from randsurgery.format.tensors import RawTensor
+from randsurgery.inspection.headers import MemberBytes
 from randsurgery.inspection.members import list_members
-from randsurgery.inspection.storage import SHOWN, MemberStorage, StorageReport, for_picture, storage
+from randsurgery.inspection.pictures import legible
+from randsurgery.inspection.storage import SHOWN, StorageReport, storage
 
 GOLDEN = Path(__file__).parent / "golden"
 OURS = sorted(p for p in GOLDEN.glob("*.safetensors") if p.name != "base.safetensors")
@@ -96,7 +98,7 @@ def test_a_members_header_text_is_what_the_file_loses_without_it(tmp_path: Path)
 
 
 def made(members: int) -> StorageReport:
-    rows = tuple(MemberStorage(f"m{i}", 1000 + i, 900, 5000, 3) for i in range(members))
+    rows = tuple(MemberBytes(f"m{i}", 1000 + i, 900, 5000, 3) for i in range(members))
     total = sum(row.bytes for row in rows) + 500
     header = sum(row.header_bytes for row in rows) + 200
     return StorageReport("f", "randsurgery", total, 5000 * members, header, 0, 300, (), rows)
@@ -310,7 +312,7 @@ def test_a_name_is_no_formula_in_a_picture(tmp_path: Path, monkeypatch: pytest.M
         plot = tmp_path / "plot.svg"
         succeed("inspect", "storage", path, "--plot", plot, "--force")
         text = plot.read_text(encoding="utf-8")
-        assert for_picture(path.name) in text
+        assert legible(path.name, 60) in text
         assert "\x1b" not in text
 
 

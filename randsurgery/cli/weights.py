@@ -174,9 +174,9 @@ def weights(
         from randsurgery.inspection import weight_plots
 
         if bins is not None:
-            weight_plots.plot_histogram(bins, plot, common.clean)
+            weight_plots.plot_histogram(bins, plot)
         else:
-            weight_plots.plot_weights(reports, plot, common.clean, shown=shown, depth=depth or 0)
+            weight_plots.plot_weights(reports, plot, shown=shown, depth=depth or 0)
         note(f"written: {plot}")
 
 

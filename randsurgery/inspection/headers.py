@@ -13,12 +13,33 @@ from typing import Any, Literal
 
 from randsurgery.errors import FileFormatError
 from randsurgery.format.canonical import canonical_json, strict_json
-from randsurgery.format.checkpoint import METADATA_KEY, parse_recipe, payload_names
+from randsurgery.format.checkpoint import (
+    METADATA_KEY,
+    parse_recipe,
+    payload_names,
+)
 from randsurgery.format.container import MAX_HEADER, Container, TensorInfo
 from randsurgery.format.recipe import Member, Recipe
-from randsurgery.format.tensors import RawTensor
+from randsurgery.format.tensors import RawTensor, byte_count
 
 Kind = Literal["randsurgery", "safetensors", "sharded safetensors", "torch.save", "architecture"]
+
+
+@dataclass(frozen=True)
+class MemberBytes:
+    """One member. ``bytes``: what it adds to the file, its payloads and what the header says of
+    it; ``payload_bytes``: the former alone; ``dense_bytes``: its network stored whole."""
+
+    name: str
+    bytes: int
+    payload_bytes: int
+    dense_bytes: int
+    tensors: int
+
+    @property
+    def header_bytes(self) -> int:
+        """What the header says of it."""
+        return self.bytes - self.payload_bytes
 
 
 @dataclass(frozen=True)
@@ -140,7 +161,21 @@ def _weight_map(path: Path) -> dict[str, str]:
     return places
 
 
-def header_text(member: Member, names: list[str], infos: Mapping[str, TensorInfo]) -> int:
+def member_bytes(recipe: Recipe, member: Member, infos: Mapping[str, TensorInfo]) -> MemberBytes:
+    """What a member takes of a file with these payloads."""
+    names = list(payload_names(recipe, member.name))
+    payload = sum(infos[name].stop - infos[name].start for name in names)
+    entries = (recipe.resolved(member, name) for name in recipe.tensor_names(member))
+    return MemberBytes(
+        name=member.name,
+        bytes=payload + _header_text(member, names, infos),
+        payload_bytes=payload,
+        dense_bytes=sum(byte_count(entry.dtype, entry.shape) for entry in entries),
+        tensors=len(member.tensors),
+    )
+
+
+def _header_text(member: Member, names: list[str], infos: Mapping[str, TensorInfo]) -> int:
     """Bytes that a member takes in the header: its part of the recipe, which is a string there,
     and its payloads' entries."""
     recipe = json.dumps(canonical_json(member.to_json()).decode("ascii"))

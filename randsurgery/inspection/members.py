@@ -6,29 +6,22 @@ import os
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from randsurgery.format.checkpoint import finished_bytes, payload_names, read_checkpoint
+from randsurgery.format.checkpoint import payload_names, read_checkpoint
 from randsurgery.format.container import Container
 from randsurgery.format.fields import SHARED
 from randsurgery.format.members import fault_of
 from randsurgery.format.recipe import Member
-from randsurgery.inspection.headers import header_text
-from randsurgery.inspection.pictures import save
+from randsurgery.inspection.headers import MemberBytes, member_bytes
+from randsurgery.inspection.pictures import byte_unit, legible, save
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
-class MemberRow:
-    """One member. ``bytes``: what it adds to the file, its payloads and what the header says of
-    it; ``payload_bytes``: the former alone; ``dense_bytes``: its network stored whole. ``fault``:
-    what is wrong with its payloads."""
+class MemberRow(MemberBytes):
+    """One member. ``fault``: what is wrong with its payloads."""
 
-    name: str
-    bytes: int
-    payload_bytes: int
-    dense_bytes: int
-    tensors: int
     classes: int | None
     dataset: str | None
     accuracy: float | None  # on the test split, at the end of training
@@ -78,26 +71,19 @@ def list_members(path: str | os.PathLike[str]) -> MembersReport:
         file, recipe = checkpoint.payloads, checkpoint.recipe
         assert isinstance(file, Container)
         sizes = {name: info.stop - info.start for name, info in file.infos.items()}
-        rows = []
-        for member in recipe.members:
-            names = list(payload_names(recipe, member.name))
-            payload = sum(sizes[name] for name in names)
-            rows.append(
-                MemberRow(
-                    name=member.name,
-                    bytes=payload + header_text(member, names, file.infos),
-                    payload_bytes=payload,
-                    dense_bytes=finished_bytes(recipe, member),
-                    tensors=len(member.tensors),
-                    classes=member.head.classes if member.head else None,
-                    dataset=member.dataset.name if member.dataset else None,
-                    accuracy=_accuracy(member),
-                    temperature=None
-                    if member.calibration is None
-                    else float.fromhex(member.calibration.temperature),
-                    fault=fault_of(checkpoint, member.name),
-                )
+        rows = [
+            MemberRow(
+                **asdict(member_bytes(recipe, member, file.infos)),
+                classes=member.head.classes if member.head else None,
+                dataset=member.dataset.name if member.dataset else None,
+                accuracy=_accuracy(member),
+                temperature=None
+                if member.calibration is None
+                else float.fromhex(member.calibration.temperature),
+                fault=fault_of(checkpoint, member.name),
             )
+            for member in recipe.members
+        ]
         return MembersReport(
             file=file.path.name,
             model=recipe.model.name if recipe.model else None,
@@ -148,7 +134,7 @@ def _bars(report: MembersReport) -> list[tuple[str, float, str]]:
         ("a dense file", float(dense), "0.7"),
         ("shared", float(report.rest_bytes), "tab:cyan"),
     ]
-    found += [(plain_name(row.name), float(row.bytes), "tab:blue") for row in members[:MOST]]
+    found += [(legible(row.name, 24), float(row.bytes), "tab:blue") for row in members[:MOST]]
     if others := members[MOST:]:
         mean = sum(row.bytes for row in others) / len(others)
         found.append((f"{len(others)} more, each", mean, "tab:blue"))
@@ -161,7 +147,7 @@ def _plot_totals(axes: Any, report: MembersReport) -> None:
     for row in report.members:
         together.append(together[-1] + row.bytes)
         apart.append(apart[-1] + row.dense_bytes)
-    unit, scale = _unit(max(*together, *apart))
+    unit, scale = byte_unit(max(*together, *apart))
     for label, values, colour in (
         ("dense files", apart, "0.6"),
         ("this file", together, "tab:blue"),
@@ -180,7 +166,7 @@ def _plot_totals(axes: Any, report: MembersReport) -> None:
 def _plot_bars(axes: Any, rows: list[tuple[str, float, str]]) -> None:
     """One bar a row, its figure beside it."""
     labels, sizes, colours = zip(*rows, strict=True)
-    unit, scale = _unit(max(sizes))
+    unit, scale = byte_unit(max(sizes))
     places = range(len(rows))
     drawn = axes.barh(places, [size / scale for size in sizes], color=colours)
     axes.bar_label(drawn, [_told(size) for size in sizes], padding=3, fontsize=8)
@@ -190,20 +176,7 @@ def _plot_bars(axes: Any, rows: list[tuple[str, float, str]]) -> None:
     axes.set_xlabel(f"{unit} added")
 
 
-def _unit(most: float) -> tuple[str, float]:
-    """The unit in which that many bytes are below 1000, and its bytes."""
-    for unit, scale in (("bytes", 1.0), ("kB", 1e3), ("MB", 1e6)):
-        if most < 999.5 * scale:
-            return unit, scale
-    return "GB", 1e9
-
-
 def _told(count: float) -> str:
     """Bytes as a label says them."""
-    unit, scale = _unit(count)
+    unit, scale = byte_unit(count)
     return f"{count / scale:.3g} {unit}"
-
-
-def plain_name(name: str) -> str:
-    """A member's name on a picture, cut to what fits. It holds no markup: letters, digits, ._-"""
-    return name if len(name) <= 24 else name[:21] + "..."

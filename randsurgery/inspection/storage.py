@@ -13,8 +13,8 @@ from randsurgery.format.fields import SHARED
 from randsurgery.format.rebuild import payload_name, sentence
 from randsurgery.format.recipe import Member, Recipe
 from randsurgery.format.tensors import RawTensor, byte_count
-from randsurgery.inspection.headers import Header, header_of, header_text, read_header
-from randsurgery.inspection.pictures import save
+from randsurgery.inspection.headers import MemberBytes, header_of, member_bytes, read_header
+from randsurgery.inspection.pictures import byte_unit, legible, save
 
 SHOWN = 24
 """Parts that a chart shows; the smallest are put together."""
@@ -40,23 +40,6 @@ class TensorStorage:
 
 
 @dataclass(frozen=True)
-class MemberStorage:
-    """One member. ``bytes``: what it adds to the file, its payloads and what the header says of
-    it; ``payload_bytes``: the former alone; ``dense_bytes``: its network stored whole."""
-
-    name: str
-    bytes: int
-    payload_bytes: int
-    dense_bytes: int
-    tensors: int
-
-    @property
-    def header_bytes(self) -> int:
-        """What the header says of it."""
-        return self.bytes - self.payload_bytes
-
-
-@dataclass(frozen=True)
 class StorageReport:
     """A file's bytes. ``dense_bytes`` is what its tensors take stored whole, each member's own.
 
@@ -72,7 +55,7 @@ class StorageReport:
     score_bytes: int
     shared_bytes: int
     tensors: tuple[TensorStorage, ...]
-    members: tuple[MemberStorage, ...] = ()
+    members: tuple[MemberBytes, ...] = ()
     parts: int = 1
 
     @property
@@ -137,8 +120,10 @@ def storage(
     recipe = header.recipe
     sizes = {name: info.stop - info.start for name, info in header.infos.items()}
     rows, scores, shared = _foreign_rows(header.infos), 0, 0
+    members: tuple[MemberBytes, ...] = ()
     if recipe is not None:
         rows, scores = _recipe_rows(recipe, sizes)
+        members = tuple(member_bytes(recipe, who, header.infos) for who in recipe.members)
         shared = sum(sizes[name] for name in payload_names(recipe, SHARED))
     return StorageReport(
         file=header.file,
@@ -149,31 +134,9 @@ def storage(
         score_bytes=scores,
         shared_bytes=shared,
         tensors=tuple(rows),
-        members=_members(header, sizes, rows),
+        members=members,
         parts=header.parts,
     )
-
-
-def _members(
-    header: Header, sizes: Mapping[str, int], tensors: list[TensorStorage]
-) -> tuple[MemberStorage, ...]:
-    recipe, rows, dense = header.recipe, [], dict[str, int]()
-    for tensor in tensors:
-        dense[tensor.member] = dense.get(tensor.member, 0) + tensor.dense_bytes
-    for member in recipe.members if recipe is not None else ():
-        assert recipe is not None
-        names = list(payload_names(recipe, member.name))
-        payload = sum(sizes[name] for name in names)
-        rows.append(
-            MemberStorage(
-                name=member.name,
-                bytes=payload + header_text(member, names, header.infos),
-                payload_bytes=payload,
-                dense_bytes=dense.get(member.name, 0),
-                tensors=len(member.tensors),
-            )
-        )
-    return tuple(rows)
 
 
 def _foreign_rows(infos: Mapping[str, TensorInfo]) -> list[TensorStorage]:
@@ -223,32 +186,18 @@ def plot_storage(report: StorageReport, path: str | os.PathLike[str]) -> None:
 
     parts = report.breakdown()
     figure = Figure(figsize=(9, max(2.6, 1.2 + 0.24 * len(parts))), layout="constrained")
-    figure.suptitle(for_picture(report.file), fontsize=10, parse_math=False)
+    figure.suptitle(legible(report.file, 60), fontsize=10, parse_math=False)
     charts = (("against dense", report.whole()), ("what the file holds", parts))
     for axes, (title, rows) in zip(figure.subplots(1, 2), charts, strict=True):
         places = range(len(rows))
         sizes = [size for _, size in rows]
-        unit, scale = _unit(max(sizes, default=0))
+        unit, scale = byte_unit(max(sizes, default=0))
         bars = axes.barh(places, [size / scale for size in sizes])
         axes.bar_label(bars, [f"{size / scale:,.2f}" for size in sizes], padding=3, fontsize=8)
-        axes.set_yticks(places, [for_picture(name) for name, _ in rows], parse_math=False)
+        axes.set_yticks(places, [legible(name, 60) for name, _ in rows], parse_math=False)
         axes.set_title(title, fontsize=10)
         axes.set_xlabel(unit)
         axes.margins(x=0.18)
         axes.set_ylim(max(len(parts), 2) - 0.5, -0.5)  # bars of one thickness, from the top
         axes.spines[["top", "right"]].set_visible(False)
     save(figure, path)
-
-
-def _unit(largest: int) -> tuple[str, float]:
-    return next(
-        ((name, size) for name, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)) if largest >= size),
-        ("bytes", 1.0),
-    )
-
-
-def for_picture(name: str) -> str:
-    """A name from a file as a picture's font can show it, cut to what fits; to be drawn with
-    ``parse_math=False``, since $ would begin a formula."""
-    plain = name.encode("unicode_escape").decode("ascii")
-    return plain if len(plain) <= 60 else plain[:57] + "..."

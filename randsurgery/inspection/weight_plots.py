@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import math
 import os
-import warnings
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +12,7 @@ import numpy as np
 
 from randsurgery.inspection.histograms import Histogram
 from randsurgery.inspection.moments import Summary
-from randsurgery.inspection.pictures import save
+from randsurgery.inspection.pictures import legible, save
 from randsurgery.inspection.weight_files import Initial
 from randsurgery.inspection.weights import LayerWeights, Shown, WeightsReport, in_blocks, merged
 
@@ -30,25 +29,21 @@ GREY, DASHES = "#555555", (0, (4, 2))
 EXPECTED = "expected of the initial distribution"
 LABELS = 64
 """Layers that are named on the axis; of more, every second, third ... one."""
-NAME = 40
-"""Characters of a name on a picture."""
 
 Curve = tuple[str, list[LayerWeights | None], Shown]
-Escape = Callable[[str], str]
 
 
 def plot_weights(
     reports: Sequence[WeightsReport],
     path: str | os.PathLike[str],
-    escape: Escape,
     *,
     shown: Shown = "auto",
     depth: int = 0,
 ) -> None:
     """Mean |w| and variance by layer on logarithmic axes, one curve a network, learned values as
     filled and fixed ones as hollow marks; dashed: what the initial distribution gives. A network
-    alone has one curve for each of both. To a .png, .svg or .pdf file; ``escape`` makes names
-    printable. Raises OutputError."""
+    alone has one curve for each of both. To a .png, .svg or .pdf file. Raises
+    OutputError."""
     from matplotlib.figure import Figure
 
     rows = [{row.label: row for row in in_blocks(r.layers, depth)} for r in reports]
@@ -68,11 +63,11 @@ def plot_weights(
     _panel(lower, curves, "variance", lambda s: s.variance, lambda i: i.variance)
     step = -(-len(labels) // LABELS) or 1
     lower.set_xticks(range(0, len(labels), step))
-    named = [_short(escape(label)) for label in labels[::step]]
+    named = [legible(label) for label in labels[::step]]
     lower.set_xticklabels(named, rotation=90, fontsize=7, parse_math=False)
     lower.set_xlim(-0.6, max(len(labels) - 0.4, 0.6))
-    _legend(figure, curves, escape)
-    _save(figure, path)
+    _legend(figure, curves)
+    save(figure, path)
 
 
 def _panel(
@@ -131,7 +126,7 @@ def _height(value: float | None) -> float:
     return value if value is not None and math.isfinite(value) and value > 0 else math.nan
 
 
-def _legend(figure: Figure, curves: list[Curve], escape: Escape) -> None:
+def _legend(figure: Figure, curves: list[Curve]) -> None:
     from matplotlib.lines import Line2D
 
     handles = [Line2D([], [], **_look(index)) for index in range(len(curves))]
@@ -145,7 +140,7 @@ def _legend(figure: Figure, curves: list[Curve], escape: Escape) -> None:
     if any(layer is not None and layer.initial for _, layers, _ in curves for layer in layers):
         handles.append(Line2D([], [], color=GREY, linestyle=DASHES))
         titles.append(EXPECTED)
-    _write_legend(figure, handles, [escape(title) for title in titles])
+    _write_legend(figure, handles, titles)
 
 
 def _write_legend(figure: Figure, handles: list[Any], titles: list[str]) -> None:
@@ -160,7 +155,7 @@ def _write_legend(figure: Figure, handles: list[Any], titles: list[str]) -> None
         _write(text, title)
 
 
-def plot_histogram(found: Histogram, path: str | os.PathLike[str], escape: Escape) -> None:
+def plot_histogram(found: Histogram, path: str | os.PathLike[str]) -> None:
     """The values of one layer: the share of them in each bin, one line a network and part; dashed:
     what the initial distributions give. Raises OutputError."""
     from matplotlib.figure import Figure
@@ -175,7 +170,7 @@ def plot_histogram(found: Histogram, path: str | os.PathLike[str], escape: Escap
         share = np.array(counts) / max(1, sum(counts))
         axes.stairs(share, edges, color=colour, linewidth=1.3)
         handles.append(Line2D([], [], color=colour))
-    titles = [escape(title) for title in found.counts]
+    titles = list(found.counts)
     starts = {(i.kind, i.scale): i for i in found.initial.values()}
     for initial in starts.values():
         axes.stairs(bin_shares(initial, edges), edges, color=GREY, linestyle=DASHES)
@@ -186,10 +181,10 @@ def plot_histogram(found: Histogram, path: str | os.PathLike[str], escape: Escap
     most = max((sum(counts) for counts in found.counts.values()), default=0)
     axes.set_ylim(bottom=0.4 / max(1, most))  # less than one value is nothing that could be seen
     axes.set_ylabel("share of the values, a bin")
-    _write(axes.set_xlabel(" "), escape(found.layer))
+    _write(axes.set_xlabel(" "), found.layer)
     axes.grid(alpha=0.3)
     _write_legend(figure, handles, titles)
-    _save(figure, path)
+    save(figure, path)
 
 
 def bin_shares(initial: Initial, edges: np.ndarray[Any, np.dtype[np.float64]]) -> Any:
@@ -209,15 +204,4 @@ def bin_shares(initial: Initial, edges: np.ndarray[Any, np.dtype[np.float64]]) -
 def _write(text: Any, words: str) -> None:
     """Words from a file on a picture: nothing in them is mathematics."""
     text.set_parse_math(False)
-    text.set_text(_short(words))
-
-
-def _short(words: str) -> str:
-    """Words cut to what fits: begin and end tell names apart."""
-    return words if len(words) <= NAME else f"{words[: NAME - 12]}...{words[-9:]}"
-
-
-def _save(figure: Figure, path: str | os.PathLike[str]) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of letters that the font lacks: a box stands for them
-        save(figure, path)
+    text.set_text(legible(words))
