@@ -146,7 +146,8 @@ def _legend(figure: Figure, curves: list[Curve]) -> None:
 def _write_legend(figure: Figure, handles: list[Any], titles: list[str]) -> None:
     """A legend above the panels. Its texts are written afterwards: one that begins with an
     underscore would be left out."""
-    columns = 2 if figure.get_figwidth() > 9 else 1
+    short = len(titles) > 4 and max(map(len, titles)) <= len(EXPECTED)
+    columns = 2 if short or figure.get_figwidth() > 9 else 1
     legend = figure.legend(
         handles, [" "] * len(handles), loc="outside upper left", frameon=False, fontsize=8,
         ncols=columns,
