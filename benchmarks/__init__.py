@@ -8,6 +8,7 @@ goes to stderr::
     python -m benchmarks.generator      random numbers against torch's
     python -m benchmarks.masks          masks against their entropy: bytes and time
     python -m benchmarks.startup        the command line's ``--help``
+    python -m benchmarks.inspection     reports on files: weights, storage
     python -m benchmarks.census         every architecture of timm has a recipe (minutes)
 
 All take ``--help``. Contenders are measured in turn (A B C A B C ...) in one process, so that a

@@ -34,7 +34,7 @@ from randsurgery.training import data as data_module
 from randsurgery.training.data import Data, Resident, augment, normalisation
 from randsurgery.training.datasets import open_data
 from randsurgery.training.evaluate import evaluate
-from randsurgery.training.loop import Hooks, fit, start
+from randsurgery.training.loop import Hooks, channels_last, fit, start
 from randsurgery.training.settings import TrainSettings, defaults_for, input_for
 from randsurgery.training.state import RunState, read_state, write_state
 
@@ -137,6 +137,18 @@ def _pairs(data: Data) -> list[Any]:
 def test_a_set_smaller_than_a_batch_is_one_batch() -> None:
     assert [len(labels) for _, labels in batches(few(5), quick())] == [5]
     assert few(5).steps(16) == 1
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3])
+def test_channels_last_reaches_the_convolutions(channels: int) -> None:
+    """torch takes an image of one channel to be in either layout, by its strides."""
+    images = torch.randn(2, channels, 5, 4)
+    found = channels_last(images)
+    assert torch.equal(found, images)
+    assert found.stride() == (20 * channels, 1, 4 * channels, channels)
+    output = nn.Conv2d(channels, 8, 3)(found)
+    assert output.is_contiguous(memory_format=torch.channels_last)
+    assert not output.is_contiguous()
 
 
 def test_images_are_normalised_in_byte_units() -> None:

@@ -251,11 +251,20 @@ def _set_rate(run: Run) -> float:
     return float(run.optimizer.param_groups[0]["lr"])
 
 
+def channels_last(images: torch.Tensor) -> torch.Tensor:
+    """The images in channels-last layout. One channel lies alike in both; there the strides say
+    which is meant, and torch's own conversion leaves them as they are. Shape (n, c, h, w)."""
+    _, channels, height, width = images.shape
+    strides = (channels * height * width, 1, channels * width, channels)
+    found = images.contiguous(memory_format=torch.channels_last)
+    return found.as_strided(found.shape, strides)
+
+
 def _step(run: Run, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
     images, labels = batch
     settings = run.settings
     if settings.channels_last:
-        images = images.contiguous(memory_format=torch.channels_last)
+        images = channels_last(images)
     with torch.set_grad_enabled(run.optimizer is not None):
         with autocast(images.device, settings.amp):
             logits = run.model(images)
