@@ -578,6 +578,17 @@ def test_missing_and_foreign_payloads_are_refused(tmp_path: Path) -> None:
         read_checkpoint(path)
 
 
+def test_dtypes_of_other_programs_are_refused_in_a_file_of_ours(tmp_path: Path) -> None:
+    path = write_raw(tmp_path / "a.safetensors", tiny(), tiny_payloads())
+    content = path.read_bytes()
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:end])
+    header["shared/w/0.mask"]["dtype"] = "F8_E8M0"  # of the same size
+    path.write_bytes(slow.raw_file(header, content[end:]))
+    with pytest.raises(FileFormatError, match="has dtype F8_E8M0, not one of F64"):
+        read_checkpoint(path)
+
+
 def test_another_safetensors_file_is_named_as_such(tmp_path: Path) -> None:
     write_base(tmp_path)
     with pytest.raises(FileFormatError, match="a safetensors file, but not one of randsurgery"):

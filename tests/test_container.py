@@ -14,7 +14,7 @@ import safetensors.numpy
 from format_helpers import raw_file, tensor_header
 
 from randsurgery.errors import FileFormatError, OutputError
-from randsurgery.format.container import Container, check_output, pack, write_atomically
+from randsurgery.format.container import Container, TensorInfo, check_output, pack, write_atomically
 from randsurgery.format.tensors import STORAGE, RawTensor
 
 
@@ -141,12 +141,33 @@ MALFORMED: dict[str, tuple[bytes, str]] = {
     ),
 }
 
-for bad in ("", "a\nb", "a\0b", "a\x7f", "\x1b[31m", "../a", "a/../b", "/etc/x", "a\\b", "é",
+for bad in ("", "a\nb", "a\0b", "a\x7f", "\x1b[31m", "../a", "a/../b", "/etc/x", "a\\b",
             "x" * 501, "\ud800", "\u202eabc"):  # fmt: skip
     MALFORMED[f"name {ascii(bad)[:20]}"] = (
         raw_file({bad: tensor_header("U8", [0], 0, 0)}),
         "is not a tensor name",
     )
+
+
+@pytest.mark.parametrize(
+    ("dtype", "size"), [("C64", 72), ("F8_E8M0", 9), ("F6_E2M3", 7), ("F4", 5), ("F8_E4M3FNUZ", 9)]
+)
+def test_dtypes_and_names_of_other_programs_are_told_and_not_read(
+    dtype: str, size: int, tmp_path: Path
+) -> None:
+    path = tmp_path / "theirs.safetensors"
+    path.write_bytes(raw_file({"网.é": tensor_header(dtype, [3, 3], 0, size)}, bytes(size)))
+    with Container(path) as file:
+        assert file.infos["网.é"] == TensorInfo(dtype, (3, 3), 0, size)
+        for read in (lambda: file.read("网.é"), lambda: file.read_part("网.é", 0, 1)):
+            with pytest.raises(FileFormatError, match=f"of {dtype}, whose values are not read"):
+                read()
+    wrong = raw_file({"a": tensor_header(dtype, [3, 3], 0, size + 1)}, bytes(size + 1))
+    assert f"its dtype and shape need {size}" in refusal(tmp_path, wrong)
+
+
+def test_a_json_text_is_told(tmp_path: Path) -> None:
+    assert "a JSON text" in refusal(tmp_path, b'{"metadata": {}, "weight_map": {}}')
 
 
 @pytest.mark.parametrize("fault", MALFORMED)

@@ -560,8 +560,35 @@ def test_a_block_adds_its_tensors_up(tmp_path: Path) -> None:
         for i, side in enumerate((a, b))
     ]
     row = shown(1, *paths, "--depth", 1).splitlines()[3]
-    # 1 + 4 + 2 of 10 elements; filters 1 of 2, 4 of 4, 2 of 2; (4 + 8) / 8 finite
-    assert row.split() == ["x", "3", "70.0%", "7/8", "4", "1.5"]
+    # 1 + 4 + 2 of 10 elements; 2 + 4 + 24 of 640 bits; filters 1 of 2, 4 of 4, 2 of 2; (4 + 8) / 8
+    assert row.split() == ["x", "3", "70.0%", "4.7%", "7", "of", "8", "4", "1.5"]
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [([0], "0-0 of 6"), ([2, 3, 4], "2-4 of 6"), ([0, 2], "2 of 6"), (range(6), "6 of 6")],
+)
+def test_filters_that_lie_side_by_side_are_named(
+    changed: list[int], told: str, tmp_path: Path
+) -> None:
+    other = np.zeros((6, 2), np.float32)
+    other[list(changed)] = 1.0
+    paths = [
+        dense(tmp_path / f"{i}.safetensors", {"w": RawTensor.of(array)})
+        for i, array in enumerate((np.zeros((6, 2), np.float32), other))
+    ]
+    assert f" {told} " in shown(1, *paths)
+
+
+def test_a_row_is_a_line_in_a_pipe(tmp_path: Path) -> None:
+    name = ".".join(["a_long_part_of_a_name"] * 9)
+    paths = [
+        dense(tmp_path / f"{i}.safetensors", {name: RawTensor.of(np.full(2, float(i)))})
+        for i in range(2)
+    ]
+    (row,) = (line for line in shown(1, *paths).splitlines() if line.startswith("a_long"))
+    assert row.split()[:2] == [name, "1"]
+    assert all(line == line.rstrip() for line in shown(1, *paths).splitlines())
 
 
 def test_names_are_shown_as_they_stand(tmp_path: Path) -> None:
@@ -643,3 +670,24 @@ def test_shards_and_pickles_are_their_tensors(tmp_path: Path) -> None:
 def test_an_architecture_is_no_file(tmp_path: Path) -> None:
     whole = dense(tmp_path / "whole.safetensors", {})
     assert "`randsurgery init resnet18` writes one" in refused(3, whole, "resnet18")
+
+
+@pytest.mark.parametrize("name", ["0x1p+99999", "0x1.0.0p+1", "0x1.8000000000000p+1"])
+def test_a_class_may_look_like_a_number(name: str, tmp_path: Path) -> None:
+    b = Builder()
+    one = write(tmp_path / "a.safetensors", {}, b, members=[{"name": "m"}])
+    two = write(
+        tmp_path / "b.safetensors", {}, b, members=[{"name": "m", "classes": [name, "other"]}]
+    )
+    assert f"{name}, other"[:25] in shown(1, one, two)
+
+
+def test_recorded_floats_are_shown_as_numbers_and_others_as_they_are(tmp_path: Path) -> None:
+    args = {"drop": "0x1.0000000000000p-1", "far": "0x1.0p+99999", "odd": "0x1.0.0p+1"}
+    b = Builder()
+    one = write(tmp_path / "a.safetensors", {}, b)
+    two = write(tmp_path / "b.safetensors", {}, b, model={"name": "conv2", "args": args})
+    rows = [line.split() for line in shown(1, one, two).splitlines()]
+    assert ["model.args.drop", "-", "0.5"] in rows
+    assert ["model.args.far", "-", "0x1.0p+99999"] in rows
+    assert ["model.args.odd", "-", "0x1.0.0p+1"] in rows

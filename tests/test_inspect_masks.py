@@ -19,6 +19,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from inspect_helpers import in_terminal
 from test_checkpoint import (
     Builder,
     assemble,
@@ -504,7 +505,7 @@ def test_three_hundred_layers_fit_a_terminal(tmp_path: Path) -> None:
     assert [line.split()[0] for line in text.splitlines() if line.startswith("stages")] == [
         f"stages.{stage}.blocks" for stage in range(4)
     ]
-    deep = shown(path, "--depth", 0)
+    deep = in_terminal("inspect", "masks", path, "--depth", 0)
     assert max(map(len, deep.splitlines())) <= 80
     assert len(deep.splitlines()) > 300
     assert shown(path, "--depth", 1).splitlines()[3].split()[1] == "14K"

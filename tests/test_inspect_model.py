@@ -355,3 +355,28 @@ def test_an_architecture_is_shown_as_init_would_write_it(tmp_path: Path) -> None
     assert "near: resnet18" in fails(2, "inspect", "model", "resnet181")
     assert "model arguments go with" in fails(2, "inspect", "model", path, "--width", "0.1")
     assert "randsurgery init conv2" in fails(3, "inspect", "storage", "conv2")
+
+
+def test_what_torch_saved_is_known_by_its_content(tmp_path: Path) -> None:
+    state = {"a.weight": torch.zeros(2, 3), "c": torch.zeros(2, dtype=torch.complex64)}
+    for name in ("net.pth", "net", "net.model"):
+        torch.save(state, tmp_path / name)
+        report = json.loads(succeed("inspect", "model", tmp_path / name, "--json"))
+        assert (report["kind"], report["parameters"]) == ("torch.save", 6)
+        told = run("inspect", "storage", tmp_path / name).stderr
+        assert "c: left out (complex64)" in told
+    save_dense(tmp_path / "net.bin", {"a.weight": torch.zeros(2, 3)})
+    report = json.loads(succeed("inspect", "model", tmp_path / "net.bin", "--json"))
+    assert report["kind"] == "safetensors"
+    (tmp_path / "text").write_text("neither of them")
+    assert "not a safetensors file" in fails(3, "inspect", "model", tmp_path / "text")
+
+
+def test_model_arguments_may_look_like_numbers(tmp_path: Path) -> None:
+    recipe = make_recipe("conv2", seed=1, args={"width": 0.1}).recipe
+    assert recipe.model is not None
+    args = {**recipe.model.args, "far": "0x1.0p+99999"}
+    model = recipe.model.model_copy(update={"args": args})
+    report = inspect_model("x", recipe=recipe.model_copy(update={"model": model}))
+    assert report.arguments["width"] == 0.1
+    assert report.arguments["far"] == "0x1.0p+99999"

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ import pytest
 import torch
 from format_helpers import raw_file, tensor_header
 from inspect_helpers import fails, in_pty, in_terminal, run, succeed, watched
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from surgery_helpers import save_dense
 
 from randsurgery.cli.tables import bar
@@ -24,7 +27,7 @@ from randsurgery.format.tensors import RawTensor
 from randsurgery.inspection.headers import MemberBytes
 from randsurgery.inspection.members import list_members
 from randsurgery.inspection.pictures import legible
-from randsurgery.inspection.storage import SHOWN, StorageReport, storage
+from randsurgery.inspection.storage import SHOWN, StorageReport, drawn, storage
 
 GOLDEN = Path(__file__).parent / "golden"
 OURS = sorted(p for p in GOLDEN.glob("*.safetensors") if p.name != "base.safetensors")
@@ -104,13 +107,61 @@ def made(members: int) -> StorageReport:
     return StorageReport("f", "randsurgery", total, 5000 * members, header, 0, 300, (), rows)
 
 
-def test_a_chart_shows_the_largest_members_and_the_rest_as_one() -> None:
-    few, many = made(SHOWN).breakdown(), made(SHOWN + 30).breakdown()
-    assert [name for name, _ in few] == ["shared", *(f"m{i}" for i in range(SHOWN))]
+def test_a_chart_shows_the_largest_members_and_of_the_rest_the_mean() -> None:
+    few, many = made(SHOWN).parts_held(), made(SHOWN + 30).parts_held()
+    assert [name for name, _, _ in few] == ["shared", *(f"m{i}" for i in range(SHOWN))]
     assert len(many) == SHOWN + 2
-    assert many[1] == (f"m{SHOWN + 29}", 1000 + SHOWN + 29)
-    assert many[-1] == ("30 further members", sum(1000 + i for i in range(30)))
-    assert sum(size for _, size in many) == made(SHOWN + 30).bytes
+    assert many[1] == (f"m{SHOWN + 29}", 1000 + SHOWN + 29, 1)
+    mean = round(sum(1000 + i for i in range(30)) / 30)
+    assert many[-1] == ("30 more, each", mean, 30)
+    for parts, report in ((few, made(SHOWN)), (many, made(SHOWN + 30))):
+        assert abs(sum(size * count for _, size, count in parts) - report.bytes) <= 30
+    assert made(SHOWN + 30).breakdown()[-1] == ("30 more, each", mean)
+
+
+@pytest.mark.parametrize("members", [3, SHOWN + 6])
+def test_every_bar_of_the_chart_has_its_name_and_its_figure(members: int) -> None:
+    figure = drawn(made(members))
+    whole, parts = figure.axes
+    assert [text.get_text() for text in whole.get_yticklabels()] == [
+        f"{members} dense files", "this file"
+    ]  # fmt: skip
+    names = [text.get_text() for text in parts.get_yticklabels()]
+    told = [text.get_text() for text in parts.texts]
+    assert len(names) == len(told) == len(parts.patches)
+    widths = [bar.get_width() for bar in parts.patches]
+    if members == 3:
+        assert names == ["shared", "m0", "m1", "m2"]
+        assert told[1:] == ["1.00", "1.00", "1.00"]
+    else:
+        assert (names[-1], told[-1]) == ("6 more, each", "6 x 1.00")
+        assert widths[-1] == pytest.approx(1.002)
+    no_word_lies_on_another(figure)
+
+
+def test_long_names_of_members_fit_beside_their_bars() -> None:
+    rows = tuple(
+        MemberBytes(f"{'long-' * 11}{i}-{'long' * 4}", 1000, 900, 5000, 3) for i in range(5)
+    )
+    figure = drawn(StorageReport("f" * 90, "randsurgery", 5500, 1, 700, 0, 300, (), rows))
+    assert len({text.get_text() for text in figure.axes[1].get_yticklabels()}) == 6
+    no_word_lies_on_another(figure)
+
+
+def no_word_lies_on_another(figure: Figure) -> None:
+    """What names and figures of bars take, in the figure and apart."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    boxes = [
+        (text.get_text(), text.get_window_extent(canvas.get_renderer()))
+        for axes in figure.axes
+        for text in [*axes.get_yticklabels(), *axes.texts, axes.title, axes.xaxis.label]
+    ]
+    for told, box in boxes:
+        assert figure.bbox.x0 <= box.x0 < box.x1 <= figure.bbox.x1, told
+        assert figure.bbox.y0 <= box.y0 < box.y1 <= figure.bbox.y1, told
+    for (told, box), (other, there) in combinations(boxes, 2):
+        assert not box.overlaps(there), (told, other)
 
 
 # --- headers alone -------------------------------------------------------------------------------
@@ -220,9 +271,10 @@ def test_files_without_anything_are_said(tmp_path: Path) -> None:
     nothing.write_bytes(raw_file({"__metadata__": {"randsurgery": json.dumps(told)}}))
     assert "holds no tensors" in succeed("inspect", "storage", nothing)
     for path in (nothing, hollow):
-        plot = tmp_path / f"{path.stem}.svg"
-        succeed("inspect", "storage", path, "--plot", plot)
-        assert plot.stat().st_size > 1000
+        succeed("inspect", "storage", path, "--plot", tmp_path / f"{path.stem}.svg")
+        whole, parts = drawn(storage(path)).axes
+        assert [text.get_text() for text in whole.get_yticklabels()][1] == "this file"
+        assert "header" in [text.get_text() for text in parts.get_yticklabels()]
 
 
 def test_a_recipe_without_its_payload_is_refused(tmp_path: Path) -> None:

@@ -172,3 +172,22 @@ def test_a_file_that_names_no_architecture_has_none_to_check() -> None:
     assert result.exit_code == 0
     assert "names no architecture" in result.output
     assert verify_file(path, architecture=True).networks == ()
+
+
+def test_a_folder_with_nothing_of_ours_is_not_sound(tmp_path: Path) -> None:
+    save_dense(tmp_path / "dense.safetensors", {"a": torch.zeros(2)})
+    result = run("inspect", "verify", tmp_path)
+    assert result.exit_code == 2
+    assert "nothing to verify: none of 1 file" in result.stderr
+    assert "skipped" in result.stdout
+
+
+def test_a_corrupt_payload_is_told_once(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    data = bytearray((GOLDEN / "popup.safetensors").read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    result = run("inspect", "verify", path)
+    assert result.exit_code == 3
+    assert result.stdout.count("is corrupt") == 1
+    assert "2 of" in result.stdout

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import math
@@ -10,6 +11,7 @@ import re
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +21,27 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from inspect_helpers import in_terminal
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.text import Text
 from typer.testing import CliRunner, Result
 
 from randsurgery.cli.app import app
+from randsurgery.errors import UsageError
 from randsurgery.format.checkpoint import Checkpoint, read_checkpoint
 from randsurgery.format.container import pack, write_atomically
 from randsurgery.format.rebuild import payload_name, read_mask, sentence
 from randsurgery.format.tensors import RawTensor, from_f32
-from randsurgery.inspection import moments, weight_files
+from randsurgery.inspection import moments, weight_files, weight_plots
 from randsurgery.inspection.grouping import block, fitting_depth
+from randsurgery.inspection.histograms import Histogram, layer_histogram
+from randsurgery.inspection.pictures import common_parts, told_apart
+from randsurgery.inspection.weight_plots import EXPECTED
 from randsurgery.inspection.weights import (
     LayerWeights,
+    WeightsReport,
     in_blocks,
     in_order,
     merged,
@@ -289,6 +301,14 @@ def test_headers_alone_answer_what_was_expected(tmp_path: Path) -> None:
     assert "layers" in shown(base, "--base", GOLDEN / "base.safetensors")
 
 
+def test_a_base_that_no_file_builds_on_is_refused() -> None:
+    files, base = [GOLDEN / "popup.safetensors"], GOLDEN / "base.safetensors"
+    for tail in ((), ("--expected",)):
+        told = fails(2, *files, base, "--base", base, *tail)
+        assert f"no file builds on a base; leave {base} out" in told
+    assert "layers" in shown(*files, GOLDEN / "on-base.safetensors", "--base", base)
+
+
 def test_members_stand_side_by_side() -> None:
     path = GOLDEN / "ensemble-masks.safetensors"
     assert "[3] ensemble-masks.safetensors:seed-2" in shown(path)
@@ -354,8 +374,6 @@ def test_what_holds_no_layer_is_said(tmp_path: Path) -> None:
     nothing = save(tmp_path / "z.safetensors", **{"x.weight": normal(0, 3)})
     assert re.search(r"^x +empty", shown(nothing), re.M)
     assert layers(nothing)["x.weight"]["all"]["mean"] is None
-    for plot in (empty, nothing):
-        shown(plot, "--plot", tmp_path / "a.png", "--force")
     (tmp_path / "zero.safetensors").touch()
     (tmp_path / "zero.pth").touch()
     assert "0 bytes" in fails(3, tmp_path / "zero.safetensors")
@@ -403,36 +421,262 @@ def test_no_name_reaches_the_terminal_unescaped(tmp_path: Path, tail: tuple[str,
 def test_names_are_no_mathematics_on_a_figure(tmp_path: Path, ending: str) -> None:
     path = tmp_path / "_$\\frac{a}$.pth"  # as mathematics this is an error
     torch.save({EVIL: torch.randn(3, 4), "_$\\frac{$.weight": torch.randn(2, 2)}, path)
+    start = {"png": b"\x89PNG", "svg": b"<?xml", "pdf": b"%PDF"}[ending]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for tail in ((), ("--histogram", EVIL)):
             out = tmp_path / f"a.{ending}"
-            shown(path, path, "--plot", out, "--force", *tail)
-            assert out.stat().st_size > 1000
+            figure = picture(out, path, "--force", *tail)
+            assert out.read_bytes().startswith(start)
+            names = {text.get_text(): text.get_parse_math() for text in figure.findobj(Text)}
+            assert names[path.name] is False
+            assert tail or names["_$\\frac{$"] is False
+            assert not any("\x1b" in name for name in names)
 
 
-def test_labels_of_a_figure_are_the_names_themselves(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from matplotlib.figure import Figure
-    from matplotlib.text import Text
+# --- figures -------------------------------------------------------------------------------------
 
-    seen: list[Text] = []
+
+def picture(out: Path, *arguments: object) -> Figure:
+    """The figure that --plot writes."""
+    seen: list[Figure] = []
     whole = Figure.savefig
 
     def savefig(self: Figure, *args: Any, **more: Any) -> None:
         whole(self, *args, **more)
-        seen.extend(self.findobj(Text))
+        seen.append(self)
 
-    monkeypatch.setattr(Figure, "savefig", savefig)
-    path = tmp_path / "_$x$.pth"
-    torch.save({"a$y$.weight": torch.randn(3, 4)}, path)
-    shown(path, GOLDEN / "slices-out.safetensors", "--plot", tmp_path / "a.svg")
-    names = {text.get_text(): text.get_parse_math() for text in seen}
-    assert names["a$y$"] is False
-    assert names["_$x$.pth"] is False
-    assert "fc1" in names
-    assert "expected of the initial distribution" in names
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Figure, "savefig", savefig)
+        assert f"written: {out}" in run(*arguments, "--plot", out).stderr
+    (figure,) = seen
+    return figure
+
+
+def curves(axes: Axes) -> list[list[float | None]]:
+    """The heights of each line, a gap as None; those without any left out."""
+    lines = [np.asarray(line.get_ydata(), float).tolist() for line in axes.get_lines()]
+    found = [[None if math.isnan(y) else y for y in line] for line in lines]
+    return [line for line in found if any(y is not None for y in line)]
+
+
+def legend(figure: Figure) -> list[str]:
+    return [text.get_text() for text in figure.legends[0].get_texts()]
+
+
+def ticks(axes: Axes) -> list[str]:
+    return [text.get_text() for text in axes.get_xticklabels()]
+
+
+def weights_of(name: str, *labels: str) -> WeightsReport:
+    """A network whose layers are all alike."""
+    one = moments.Summary(6, mean=0.1, mean_abs=0.5, variance=0.25, norms=(1.0, 3.0))
+    rows = tuple(LayerWeights(f"{la}.weight", "F32", (2, 3), 6, all=one) for la in labels)
+    return WeightsReport(name, None, name, None, rows, len(rows))
+
+
+def test_a_network_alone_has_a_curve_of_learned_and_one_of_fixed_values(tmp_path: Path) -> None:
+    path = GOLDEN / "slices-out.safetensors"
+    figure = picture(tmp_path / "a.svg", path)
+    report = layers(path)
+    assert legend(figure) == [f"{path.name} (learned)", f"{path.name} (fixed)", EXPECTED]
+    assert [axes.get_ylabel() for axes in figure.axes] == ["mean |w|", "variance"]
+    assert ticks(figure.axes[1]) == [name.removesuffix(".weight") for name in report]
+    for axes, key in zip(figure.axes, ("mean_abs", "variance"), strict=True):
+        drawn = curves(axes)
+        for part in ("learned", "fixed"):
+            assert [layer[part] and layer[part][key] for layer in report.values()] in drawn
+        assert [layer["initial"][key] for layer in report.values()] in drawn
+
+
+def test_norms_are_drawn_in_a_panel_of_their_own(tmp_path: Path) -> None:
+    path = GOLDEN / "slices-out.safetensors"
+    figure = picture(tmp_path / "a.svg", path, "--norms")
+    report = layers(path, "--norms")
+    (axes,) = figure.axes
+    assert axes.get_ylabel() == "mean norm of the filters"
+    assert [layer["learned"] and layer["learned"]["norm"] for layer in report.values()] in curves(
+        axes
+    )
+    dashed = [line for line in axes.get_lines() if line.get_color() == weight_plots.GREY]
+    assert list(dashed[0].get_ydata()) == [la["initial"]["norm"] for la in report.values()]
+
+
+def test_what_is_expected_is_the_curve_where_no_value_is_read(tmp_path: Path) -> None:
+    paths = [GOLDEN / "slices-out.safetensors", GOLDEN / "popup.safetensors"]
+    figure = picture(tmp_path / "a.svg", *paths, "--expected")
+    assert legend(figure) == [path.name for path in paths]
+    for axes, key in zip(figure.axes, ("mean_abs", "variance"), strict=True):
+        drawn = curves(axes)
+        assert len(drawn) == 2
+        for line, file in zip(drawn, found(*paths, "--expected")["files"], strict=True):
+            known = [layer["initial"][key] for layer in file["layers"]]
+            assert [y for y in line if y is not None] == known
+    (norms,) = picture(tmp_path / "b.svg", paths[0], "--expected", "--norms").axes
+    assert norms.get_ylabel() == "expected mean norm of the filters"
+
+
+def test_no_two_of_64_curves_look_alike_and_65_are_refused() -> None:
+    many = [weight_plots._look(i) for i in range(64)]
+    assert len({(d["color"], str(d["linestyle"]), d["marker"]) for d in many}) == 64
+    assert len({(d["color"], str(d["linestyle"])) for d in many[:32]}) == 32
+    figure = weight_plots.drawn([weights_of(f"n{i}", "a", "b") for i in range(24)])
+    for artists in (figure.legends[0].get_lines(), figure.axes[0].get_lines()[::2]):
+        looks = {(a.get_color(), str(a._dash_pattern), a.get_marker()) for a in artists}  # type: ignore[attr-defined]
+        assert len(looks) == 24
+    with pytest.raises(UsageError, match="64 curves apart, found 65"):
+        weight_plots.drawn([weights_of(f"n{i}", "a") for i in range(65)])
+
+
+def test_no_two_networks_of_a_histogram_look_alike() -> None:
+    edges, none = (0.0, 1.0, 2.0), dict[str, Any]()
+
+    def lines(count: int) -> Figure:
+        counts = {f"n{i}": (1 + i, 1) for i in range(count)}
+        return weight_plots.drawn_histogram(Histogram("w", edges, counts, none))
+
+    figure = lines(24)
+    looks = {
+        (a.get_color(), str(a._dash_pattern), a.get_marker())  # type: ignore[attr-defined]
+        for a in figure.legends[0].get_lines()
+    }
+    assert len(looks) == len(legend(figure)) == 24
+    drawn = {(str(p.get_edgecolor()), str(p._dash_pattern)) for p in figure.axes[0].patches}  # type: ignore[attr-defined]
+    assert len(drawn) == 24
+    with pytest.raises(UsageError, match="64 curves apart, found 65"):
+        lines(65)
+
+
+def test_long_names_are_told_apart_on_the_axis() -> None:
+    stem = "transformer.encoder.very_long_module_name"
+    long = [f"{stem}.{i}.self_attention_projection_out" for i in range(70)]
+    figure = weight_plots.drawn([weights_of("a", *long)])
+    assert ticks(figure.axes[1])[1] == "2.self_attention_projection_out"
+    assert figure.axes[1].get_xlabel() == f"{stem}.*"
+    figure = weight_plots.drawn([weights_of("a", "stem", *long)])
+    shown = ticks(figure.axes[1])
+    assert len(set(shown)) == len(shown) == 36
+    assert ".1.self" in shown[1]
+    assert figure.axes[1].get_xlabel() == ""
+    assert ticks(weight_plots.drawn([weights_of("a", long[0])]).axes[1])[0].startswith("transf")
+    names = [f"a_very_long_name_of_a_file_that_goes_on_{i}_and_ends_alike.st" for i in (1, 2)]
+    assert len(set(legend(weight_plots.drawn([weights_of(name, "a") for name in names])))) == 2
+
+
+@given(st.lists(st.text("ab.\x1b\\", max_size=40), unique=True, min_size=1))
+def test_names_that_differ_have_labels_that_differ(names: list[str]) -> None:
+    assert len(set(told_apart(names, 20))) == len(names)
+    for name, label in zip(names, told_apart(names, 20), strict=True):
+        assert name == label or len(name) > 20 or "\x1b" in name or "(" in label
+    stem = common_parts(names)
+    assert not stem or stem.endswith(".")
+    assert all(name.startswith(stem) for name in names)
+
+
+@pytest.mark.parametrize("top", [1.6, 1.9, 3.0, 8.0, 60.0])
+def test_an_axis_has_two_numbers_or_more(top: float) -> None:
+    figure = Figure()
+    axes = figure.subplots()
+    axes.plot([0.65, top])
+    weight_plots._scale(axes)
+    FigureCanvasAgg(figure).draw()
+    low, high = axes.get_ylim()
+    shown = [
+        tick for which in (axes.yaxis.get_major_ticks(), axes.yaxis.get_minor_ticks())
+        for tick in which if tick.label1.get_text() and low <= tick.get_loc() <= high
+    ]  # fmt: skip
+    assert len(shown) > 1
+
+
+def test_where_nothing_can_be_drawn_nothing_is_written(tmp_path: Path) -> None:
+    nan = np.full((2, 3), np.nan, np.float32)
+    cases = {
+        "found no layer": save(tmp_path / "empty.safetensors"),
+        "found 1 layer, none with a finite mean": save(tmp_path / "z.safetensors", x=normal(0, 3)),
+        "found 2 layers, none": save(tmp_path / "0.safetensors", x=0 * normal(2, 3), y=nan),
+    }
+    out, table = tmp_path / "a.png", tmp_path / "a.csv"
+    for words, path in cases.items():
+        assert words in fails(2, path, "--plot", out, "--csv", table)
+    last = tmp_path / "0.safetensors"
+    assert "filters' norm above 0" in fails(2, last, "--plot", out, "--norms")
+    assert "known expected mean" in fails(2, last, "--plot", out, "--expected")
+    for path, layer in ((tmp_path / "z.safetensors", "x"), (last, "y")):
+        told = fails(2, path, "--histogram", layer, "--plot", out, "--csv", table)
+        assert f"found no finite value in {layer}" in told
+    assert not out.exists()
+    assert not table.exists()
+
+
+def test_what_can_be_drawn_is_drawn_without_the_rest(tmp_path: Path) -> None:
+    zero = save(tmp_path / "0.safetensors", a=np.zeros((2, 3)), c=np.full((2, 3), 1e308))
+    one = save(tmp_path / "1.safetensors", a=np.full((2, 3), 0.5), b=np.zeros((2, 3)))
+    figure = picture(tmp_path / "a.svg", zero, one)
+    (axes,) = figure.axes  # all variances are 0
+    assert curves(axes) == [[0.5, None, None]]
+    assert legend(figure) == ["0.safetensors (nothing to draw)", "1.safetensors"]
+
+
+# --- histograms ----------------------------------------------------------------------------------
+
+FAR = 1.7e308
+ULP = float(np.spacing(1000.0))
+
+
+@pytest.mark.parametrize(
+    "values",
+    [(-FAR, FAR, 0.0), (FAR,), (-FAR,), (0.0,), (5e-324, 1e-323), (1.0, np.nextafter(1.0, 2.0))]
+    + [(-1003.7, -1003.7 + n * ULP) for n in range(1, 40)],
+)  # fmt: skip
+def test_a_histogram_counts_every_value_however_far_or_near(
+    tmp_path: Path, values: tuple[float, ...]
+) -> None:
+    path = save(tmp_path / "a.safetensors", w=np.array([values, values]))
+    (network,) = weight_files.with_members([[dense(path)]], [])
+    bins = layer_histogram([network], "w")
+    assert list(bins.edges) == sorted(bins.edges)
+    assert bins.edges[0] <= min(values) <= max(values) <= bins.edges[-1] < math.inf
+    assert sum(bins.counts["a"]) == 2 * len(values)
+    (axes,) = weight_plots.drawn_histogram(bins).axes
+    FigureCanvasAgg(axes.get_figure()).draw()  # type: ignore[arg-type]
+
+
+def dense(path: Path) -> weight_files.Network:
+    with contextlib.ExitStack() as stack:
+        (network,) = weight_files.open_networks(path, stack, "a")
+        arrays = {t.name: t.open()(0, t.size).copy() for t in network.tensors}
+    return replace(
+        network,
+        tensors=tuple(
+            replace(t, open=lambda name=t.name: lambda a, b: arrays[name][a:b])
+            for t in network.tensors
+        ),
+    )
+
+
+def test_a_histogram_has_learned_values_before_fixed_ones(tmp_path: Path) -> None:
+    path = GOLDEN / "slices-out.safetensors"
+    made = found(path, "--histogram", "fc1")["histogram"]["counts"]
+    assert list(made) == [f"{path.name} (learned)", f"{path.name} (fixed)"]
+    figure = picture(tmp_path / "a.svg", path, "--histogram", "fc1")
+    assert legend(figure) == [*made, EXPECTED]
+    (axes,) = figure.axes
+    assert axes.get_xlabel() == "fc1.weight"
+    for patch, counts in zip(axes.patches[:2], made.values(), strict=True):
+        shares = patch.get_data().values  # type: ignore[attr-defined]
+        np.testing.assert_array_equal(shares, np.array(counts) / sum(counts))
+
+
+def test_the_layers_that_no_histogram_was_asked_of_are_not_left_out(tmp_path: Path) -> None:
+    path = GOLDEN / "slices-out.safetensors"
+    text = shown(path, "--histogram", "fc1")
+    assert "1 layer, 576 weights\n" in text
+    assert "--filter" not in text
+    assert "by --filter" in shown(path, "--histogram", "fc1", "--filter", "fc1")
+    other = save(tmp_path / "other.safetensors", w=normal(2, 3))
+    result = run(path, other, "--histogram", "fc1")
+    assert "other.safetensors: none of the layers that are shown" in result.stderr
+    assert "--tensors" not in result.output
 
 
 # --- tables --------------------------------------------------------------------------------------
@@ -444,13 +688,11 @@ def many(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("tail", [(), ("--depth", "0"), ("--norms",), ("--expected",)])
-def test_tables_of_300_layers_fit_80_columns(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tail: tuple[str, ...]
-) -> None:
-    monkeypatch.setenv("COLUMNS", "80")
+def test_tables_of_300_layers_fit_80_columns(tmp_path: Path, tail: tuple[str, ...]) -> None:
     path = many(tmp_path)
     for files in ((path,), (path,) * 5):
-        rows = [r for r in shown(*files, *tail).splitlines() if r.startswith("blocks.")]
+        text = in_terminal("inspect", "weights", *files, *tail)
+        rows = [row for row in text.splitlines() if row.startswith("blocks.")]
         assert max(map(len, rows)) <= 80
         assert (len(rows) >= 300) == ("0" in tail)
         assert len(rows) <= 100 or "0" in tail
@@ -544,7 +786,11 @@ def test_csv_holds_every_part_and_keeps_an_older_file(tmp_path: Path) -> None:
 def test_outputs_are_refused_before_anything_is_read(tmp_path: Path) -> None:
     path = save(tmp_path / "a.safetensors", w=normal(2, 2))
     assert ".png" in fails(2, path, "--plot", tmp_path / "a.gif")
-    assert "read by this command" in fails(6, path, "--csv", path, "--force")
+    told = fails(6, path, "--csv", path, "--force")
+    assert "is read by this command; choose another --csv" in told
+    png = path.rename(tmp_path / "a.png")
+    assert "choose another --plot" in fails(6, png, "--plot", png, "--force")
+    png.rename(path)
     assert "no such folder" in fails(6, path, "--csv", tmp_path / "b" / "a.csv")
     assert path.stat().st_size > 0
 

@@ -68,7 +68,7 @@ def clean(text: str) -> str:
 
 def print_json(value: Any) -> None:
     """One JSON object on stdout."""
-    sys.stdout.write(json.dumps(value, indent=2) + "\n")
+    sys.stdout.write(json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
 def drop_stdout() -> None:
@@ -227,7 +227,7 @@ Depth = Annotated[
     typer.Option(
         "--depth",
         min=0,
-        help="Rows of names cut to so many parts; 0: every name. Default: what fits 40 rows.",
+        help="Rows of names cut to so many parts; 0: every name. Default: some 40 rows.",
         rich_help_panel=OUTPUT,
     ),
 ]

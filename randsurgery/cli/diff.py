@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json as text
-import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -87,12 +86,12 @@ def _show(report: DiffReport, depth: int | None) -> None:
 
 
 def _show_blocks(rows: Sequence[TensorDiff], depth: int | None) -> None:
-    from randsurgery.cli.render import table
+    from randsurgery.cli.render import show, table
     from randsurgery.inspection.grouping import grouped
 
     masks = any(row.mask_bits is not None for row in rows)
-    columns = ("block", "tensors", "elements", "filters", "max\n|a-b|", "mean\n|a-b|")
-    made = table(*columns, *["mask\nbits"] * masks, right=tuple(range(1, 7)))
+    columns = ("block", "tensors", "elements", "bits", "filters", "max\n|a-b|", "mean\n|a-b|")
+    made = table(*columns, *["mask\nbits"] * masks, right=tuple(range(1, 8)))
     made.padding = (0, 1, 0, 0)
     for name, block in grouped(rows, lambda row: row.name, depth).items():
         size, finite = sum(row.size for row in block), sum(row.finite for row in block)
@@ -104,12 +103,13 @@ def _show_blocks(rows: Sequence[TensorDiff], depth: int | None) -> None:
             clean(name),
             f"{len(block):,}",
             _share(sum(row.elements for row in block), size),
-            f"{sum(row.filters_differ for row in block):,}/{sum(row.filters for row in block):,}",
+            _bits(block),
+            _filters(block),
             _figure(highest),
             _figure(total if finite else None),
             *[flipped] * masks,
         )
-    out().print(made)
+    show(made)
 
 
 def _show_strange(rows: Sequence[TensorDiff]) -> None:
@@ -119,13 +119,35 @@ def _show_strange(rows: Sequence[TensorDiff]) -> None:
                              f"B {r.nan_b:,} and {r.infinite_b:,}" for r in found])  # fmt: skip
 
 
+def _bits(rows: Sequence[TensorDiff]) -> str:
+    """The share of bits that differ; of tensors of two dtypes none can be told."""
+    from randsurgery.format.tensors import byte_count
+
+    if any(row.bits is None or row.kind_a is None for row in rows):
+        return "-"
+    total = sum(8 * byte_count(*row.kind_a) for row in rows if row.kind_a)
+    return _share(sum(row.bits or 0 for row in rows), total)
+
+
+def _filters(rows: Sequence[TensorDiff]) -> str:
+    """How many filters differ, or of one tensor which, if they lie side by side: ``0-5 of 16``."""
+    count, total = (sum(getattr(r, key) for r in rows) for key in ("filters_differ", "filters"))
+    runs = rows[0].filters_at if len(rows) == 1 else None
+    if runs and len(runs) == 1 and count < total:
+        return f"{runs[0][0]:,}-{runs[0][1]:,} of {total:,}"
+    return f"{count:,} of {total:,}"
+
+
 def _show_facts(facts: Sequence[FactDiff]) -> None:
-    from randsurgery.cli.render import table
+    from randsurgery.cli.render import show, table
 
     made = table("recorded", "A", "B")
     for fact in facts[:LISTED]:
-        made.add_row(clean(fact.what), _value(fact.a), _value(fact.b))
-    out().print(made)
+        numbers = fact.what != "classes"  # names may look like anything
+        made.add_row(
+            clean(fact.what), _value(fact.a, numbers=numbers), _value(fact.b, numbers=numbers)
+        )
+    show(made)
     _more(len(facts))
 
 
@@ -165,24 +187,28 @@ def _kind(kind: tuple[str, tuple[int, ...]] | None) -> str:
     return f"{dtype} {'x'.join(map(str, shape)) or 'scalar'}"
 
 
-def _value(value: Any) -> str:
-    """A JSON value for people, in one short line."""
-    shown = clean(_words(value))
+def _value(value: Any, *, numbers: bool) -> str:
+    """A JSON value for people, in one short line; ``numbers``: texts may be recorded floats."""
+    shown = clean(_words(value, numbers=numbers))
     if isinstance(value, list) and len(shown) > CUT:
         shown = f"{len(value):,}: {shown}"
     return shown if len(shown) <= CUT else shown[: CUT - 3] + "..."
 
 
-def _words(value: Any) -> str:
+def _words(value: Any, *, numbers: bool) -> str:
+    from randsurgery.format.fields import as_given
+
     if value is None:
         return "-"
     if isinstance(value, dict):
-        return ", ".join(f"{key} {_words(part)}" for key, part in value.items())
+        parts = ((key, _words(part, numbers=numbers)) for key, part in value.items())
+        return ", ".join(f"{key} {part}" for key, part in parts)
     if isinstance(value, list):
-        return ", ".join(map(_words, value))
-    if isinstance(value, str) and re.fullmatch(r"-?0x[0-9a-f.]+p[+-][0-9]+", value):
-        return f"{float.fromhex(value):.6g}"  # so are floats recorded
-    return value if isinstance(value, str) else text.dumps(value)
+        return ", ".join(_words(part, numbers=numbers) for part in value)
+    if isinstance(value, str):
+        found = as_given(value) if numbers else value
+        return f"{found:.6g}" if isinstance(found, float) else value
+    return text.dumps(value)
 
 
 def _share(part: int, whole: int) -> str:

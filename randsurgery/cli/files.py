@@ -42,15 +42,32 @@ def check_file(name: str) -> None:
         )
 
 
+def is_pickled(file: str) -> bool:
+    """True for what torch.save wrote, as far as its name and its first bytes tell."""
+    from randsurgery.inspection.headers import is_index, looks_like_safetensors
+
+    if is_index(file) or looks_like_safetensors(file):
+        return False
+    if file.lower().endswith(PICKLED):
+        return True
+    try:
+        with open(file, "rb") as opened:
+            return opened.read(1) in (b"P", b"\x80")  # an archive, or a pickle as torch once wrote
+    except OSError:
+        return False
+
+
 def read_by_torch(file: str) -> Any:
     """The tensors of a .pth, in memory; None for what has a header to read."""
-    if not file.lower().endswith(PICKLED):
+    if not is_pickled(file):
         return None
     note(f"{clean(file)}: no safetensors file, so all of it is read, with torch")
-    from randsurgery.surgery.bases import read_base
+    from randsurgery.surgery.bases import map_state
 
-    base = read_base(file)
-    return {name: base.tensors.read(name) for name in base.names}
+    state = map_state(file)
+    for name, reason in state.skipped.items():
+        note(clean(f"{name}: left out ({reason})"))
+    return {name: read() for name, read in state.tensors.items()}
 
 
 def architecture(

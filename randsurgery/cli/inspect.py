@@ -116,6 +116,8 @@ def verify(
 ) -> None:
     """Rebuild every tensor and compare every digest; exit code 3 if one differs."""
     from randsurgery.cli import tables
+    from randsurgery.cli.render import many
+    from randsurgery.errors import UsageError
     from randsurgery.inspection.verify import find_files
 
     found = find_files(files)
@@ -137,13 +139,20 @@ def verify(
             print_json({"ok": ok, "files": [report.to_json() for report in reports]})
         else:
             tables.show_verified_all(reports)
+    if all(report.foreign for report in reports):
+        raise UsageError(
+            f"nothing to verify: none of {many(len(reports), 'file')} is one of randsurgery"
+        )
     if not all(report.ok for report in reports):
         raise typer.Exit(3)
 
 
 def _verified(file: str, base: str | None, architecture: bool) -> VerifyReport:
-    from randsurgery.inspection.verify import pickled_base, verify_file
+    from randsurgery.errors import FileFormatError
+    from randsurgery.inspection.verify import builds_on_base, pickled_base, verify_file
 
+    if builds_on_base(file) is None:
+        raise FileFormatError(f"{file}: not one of randsurgery, so that it holds no digests")
     base = base or (str(found) if (found := pickled_base(file)) else None)
     tensors: Any = base
     if base is not None and not base.endswith(".safetensors"):

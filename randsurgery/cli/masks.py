@@ -72,7 +72,8 @@ def masks(
     if sort not in SORTS:
         raise UsageError(f"unknown --sort {sort!r}, expected {', '.join(SORTS)}{near(sort, SORTS)}")
     if csv is not None:
-        check_not_input(check_output(csv, force=force, option="--csv"), [*files, base])
+        target = check_output(csv, force=force, option="--csv")
+        check_not_input(target, [*files, base], option="--csv")
     report = report_on(files, members=member or (), patterns=pattern or (), base=base)
     for line in report.notes:
         note(clean(line))
@@ -119,7 +120,7 @@ def _show_rows(what: str, rows: list[tuple[str, Summary]], sort: str) -> None:
     }
     if sort != "name":  # what is not known comes last
         rows = sorted(rows, key=lambda row: -(-1.0 if (key := keys[sort](row[1])) is None else key))
-    from randsurgery.cli.render import params
+    from randsurgery.cli.render import params, show
 
     made = _narrow(
         what, "weights", "kept", "by\nfilter", "dead\nfilters", "dead\ninputs", "> 0\nkept",
@@ -131,7 +132,7 @@ def _show_rows(what: str, rows: list[tuple[str, Summary]], sort: str) -> None:
             f"{row.dead_filters:,}", f"{row.dead_inputs:,}", percent(row.positive_kept),
             percent(row.positive_all), "-" if row.bound is None else f"{row.bound:.3f}",
         )  # fmt: skip
-    out().print(made)
+    show(made)
     if strange := sum(row.nan + row.infinite for _, row in rows):
         nan = sum(row.nan for _, row in rows)
         where = [clean(name) for name, row in rows if row.nan + row.infinite]
@@ -160,6 +161,8 @@ def _show_words(found: Summary, tensors: int, label: str) -> None:
 
 def _show_pairs(overlaps: Sequence[Overlap]) -> None:
     """Kept by both over kept by either, of each pair or, of many, of the extremes."""
+    from randsurgery.cli.render import show
+
     made = _narrow("kept by both / by either", "and", "overlap", "by chance", left=(1,))
     shown = list(overlaps)
     if len(shown) > PAIRS:
@@ -167,7 +170,7 @@ def _show_pairs(overlaps: Sequence[Overlap]) -> None:
         shown = [*known[:5], *known[-5:]]
     for row in shown:
         made.add_row(clean(row.first), clean(row.second), percent(row.jaccard), percent(row.chance))
-    out().print(made)
+    show(made)
     if len(shown) < len(overlaps):
         out().print(
             f"the five largest and the five smallest of {len(overlaps):,} pairs; --json has all"
@@ -175,6 +178,7 @@ def _show_pairs(overlaps: Sequence[Overlap]) -> None:
 
 
 def _show_overlap_blocks(overlaps: Sequence[Overlap], depth: int | None) -> None:
+    from randsurgery.cli.render import show
     from randsurgery.inspection.grouping import grouped
     from randsurgery.inspection.overlap import chance, jaccard
 
@@ -191,10 +195,12 @@ def _show_overlap_blocks(overlaps: Sequence[Overlap], depth: int | None) -> None
         made.add_row(
             clean(name), percent(jaccard(layers)), percent(chance(layers)), *ends[: 2 * several]
         )
-    out().print(made)
+    show(made)
 
 
 def _show_filters(report: MasksReport) -> None:
+    from randsurgery.cli.render import show
+
     several = len(report.networks) > 1
     made = _narrow("tensor", "filter", "kept", "of", "")
     for network in report.networks:
@@ -205,7 +211,7 @@ def _show_filters(report: MasksReport) -> None:
                 made.add_row(
                     clean(name), str(index), f"{kept:,}", f"{row.filter_size:,}", percent(density)
                 )
-    out().print(made)
+    show(made)
 
 
 def _narrow(*columns: str, left: tuple[int, ...] = ()) -> Table:

@@ -36,9 +36,18 @@ def table(*columns: str, right: tuple[int, ...] = ()) -> Table:
 def show(made: Table) -> None:
     """A table: folded to a terminal's width; in a pipe a row is a line, however long its names."""
     console = out()
-    if not sys.stdout.isatty():
-        console.width = 10_000
-    console.print(made)
+    if sys.stdout.isatty():
+        console.print(made)
+        return
+    console.width = 10_000
+    with console.capture() as found:
+        console.print(made)
+    console.print("\n".join(line.rstrip() for line in found.get().splitlines()))
+
+
+def many(count: int, what: str) -> str:
+    """``1 layer``, ``2 layers``."""
+    return f"{count:,} {what}{'' if count == 1 else 's'}"
 
 
 def show_storage(report: StorageReport, *, tensors: bool) -> None:
@@ -89,7 +98,7 @@ def show_layers(layers: Sequence[LayerCount]) -> None:
         made.add_row(clean(row.layer), f"{row.learned:,}", f"{row.total:,}", share)
     learned, total = sum(r.learned for r in layers), sum(r.total for r in layers)
     made.add_row("all", f"{learned:,}", f"{total:,}", f"{learned / total:.1%}")
-    out().print(made)
+    show(made)
 
 
 def show_members(report: MembersReport) -> None:
@@ -109,7 +118,7 @@ def show_members(report: MembersReport) -> None:
         heat = "" if row.temperature is None else f"{row.temperature:.4f}"
         made.add_row(*cells, *[heat] * calibrated)
     console = out()
-    console.print(made)
+    show(made)
     beside = f", beside {clean(', '.join(report.bases))}" if report.bases else ""
     shared = f"of which {size(report.rest_bytes)} shared{beside}"
     console.print(f"{clean(report.file)}: {size(report.bytes)}, {shared}")
@@ -129,7 +138,7 @@ def show_ensemble(found: Scored) -> None:
     for name, one in [*rows, ("ensemble", metrics.ensemble)] if len(rows) > 1 else rows:
         figures = (one.accuracy, one.nll, one.brier, one.ece, one.aurc, one.entropy)
         made.add_row(clean(name), *(f"{figure:.4f}" for figure in figures))
-    console.print(made)
+    show(made)
     pairs = [
         ("disagreement", f"{metrics.disagreement:.4f} of the images, a pair of members"),
         ("mutual information", f"{metrics.mutual_information:.4f} nats"),
@@ -139,7 +148,7 @@ def show_ensemble(found: Scored) -> None:
         made = table(f"against {clean(found.ood_dataset)}", "AUROC", "FPR95", right=(1, 2))
         for name, apart in found.ood.items():
             made.add_row(name.replace("_", " "), f"{apart.auroc:.4f}", f"{apart.fpr95:.4f}")
-        console.print(made)
+        show(made)
     if labelled:
         made = table(
             "Model Type", "No. Params", "Mean Accuracy", "Ensemble Accuracy", right=(1, 2, 3)
@@ -150,7 +159,7 @@ def show_ensemble(found: Scored) -> None:
             f"{100 * metrics.mean_accuracy:.1f}",
             f"{100 * metrics.ensemble.accuracy:.2f}",
         )
-        console.print(made)
+        show(made)
 
 
 def params(count: int) -> str:

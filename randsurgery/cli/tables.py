@@ -153,7 +153,8 @@ def show_verified_all(reports: Sequence[VerifyReport]) -> None:
     skipped = sum(report.foreign for report in reports)
     bad = sum(not report.ok for report in reports)
     good = len(reports) - skipped - bad
-    out().print(f"{len(reports)} files: {good} verified, {bad} failed, {skipped} skipped")
+    files = render.many(len(reports), "file")
+    out().print(f"{files}: {good} verified, {bad} failed, {skipped} skipped")
 
 
 # --- model ---------------------------------------------------------------------------------------
@@ -181,19 +182,20 @@ def show_model(report: ModelReport, depth: int | None) -> None:
 
 def _layers(report: ModelReport, rows: Sequence[Layer]) -> Table:
     one = report.member is not None
-    learned = ("learned",) if one else ()
-    made = table(
-        "layer", "shape", "parameters", *learned, "source", "overlay", right=(2, 3) if one else (2,)
-    )
-    for row in rows:
-        told = (_learned(row.learned, row.masked, row.parameters),) if one else ()
-        made.add_row(
-            clean(row.name), _shape(row), f"{row.parameters:,}", *told, ", ".join(row.sources),
-            ", ".join(map(_overlay, row.overlays)),
-        )  # fmt: skip
-    total = report.parameters
-    told = (_learned(report.learned, report.masked, total),) if one else ()
-    made.add_row("all", "", f"{total:,}", *told, "", "")
+    total, end = report.parameters, []
+    columns = {"layer": [clean(row.name) for row in rows], "shape": [_shape(row) for row in rows]}
+    columns["parameters"] = [f"{row.parameters:,}" for row in rows]
+    if one and report.learned != 0:
+        columns["learned"] = [_learned(row.learned, row.masked, row.parameters) for row in rows]
+        end = [_learned(report.learned, report.masked, total)]
+    columns["source"] = [", ".join(row.sources) for row in rows]
+    overlays = [", ".join(map(_overlay, row.overlays)) for row in rows]
+    if any(overlays):
+        columns["overlay"] = overlays
+    made = table(*columns, right=(2, 3) if end else (2,))
+    for cells in zip(*columns.values(), strict=True):
+        made.add_row(*cells)
+    made.add_row("all", "", f"{total:,}", *end)
     return made
 
 
@@ -260,7 +262,8 @@ def _facts(report: ModelReport) -> list[tuple[str, str]]:
 def _counts(report: ModelReport) -> list[tuple[str, str]]:
     count, dtypes = len(report.tensors), sorted({t.dtype for t in report.tensors})
     layers = len(report.layers())
-    told = f"{report.parameters:,} in {count:,} tensors of {layers:,} layers ({', '.join(dtypes)})"
+    told = f"{report.parameters:,} in {render.many(count, 'tensor')}"
+    told += f" of {render.many(layers, 'layer')} ({', '.join(dtypes)})" if count else ""
     facts = [("parameters", told)]
     if report.buffers:
         facts.append(("buffers", f"{report.buffers:,} elements: running statistics and the like"))

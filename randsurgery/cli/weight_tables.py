@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from randsurgery.cli.common import clean, note, out
-from randsurgery.cli.render import params, table
+from randsurgery.cli.render import many, params, show, table
 
 if TYPE_CHECKING:
     from randsurgery.inspection.histograms import Histogram
@@ -40,7 +40,7 @@ def show_weights(
     if not any(rows):
         pass  # what is said of each file says why
     elif len(reports) > 1:
-        _show_side_by_side(rows, shown, expected=expected, norms=norms)
+        _show_side_by_side(rows, key, shown, expected=expected, norms=norms)
     elif expected:
         _show_expected(rows[0])
     elif norms:
@@ -54,7 +54,7 @@ def show_weights(
     layers = len({layer.label for report in reports for layer in report.layers})
     blocks = len({row.label for each in rows for row in each})
     if blocks < layers:
-        note(f"{layers} layers in {_many(blocks, 'block')}; --depth 0 shows every layer")
+        note(f"{layers} layers in {many(blocks, 'block')}; --depth 0 shows every layer")
 
 
 def _show_moments(rows: Sequence[LayerWeights], shown: Shown) -> None:
@@ -78,7 +78,7 @@ def _show_moments(rows: Sequence[LayerWeights], shown: Shown) -> None:
         else:
             title += f" ({name})" if learned and shown == "auto" else ""
             made.add_row(title, *_moments(row, found, shown, known=known, odd=odd))
-    out().print(made)
+    show(made)
 
 
 def _moments(
@@ -110,7 +110,7 @@ def _show_norms(rows: Sequence[LayerWeights], shown: Shown) -> None:
             continue
         made.add_row(clean(row.label), f"{len(norms):,}", figure(found.norm), figure(start),
                      figure(min(norms)), figure(max(norms)))  # fmt: skip
-    out().print(made)
+    show(made)
 
 
 def _show_expected(rows: Sequence[LayerWeights]) -> None:
@@ -121,15 +121,15 @@ def _show_expected(rows: Sequence[LayerWeights]) -> None:
             start = row.initial
             cells = [start.kind, figure(start.mean_abs), figure(start.std), figure(start.norm)]
         made.add_row(clean(row.label), params(row.size), *cells)
-    out().print(made)
+    show(made)
 
 
 def _show_side_by_side(
-    rows: Sequence[Sequence[LayerWeights]], shown: Shown, *, expected: bool, norms: bool
+    rows: Sequence[Sequence[LayerWeights]], key: str, shown: Shown, *, expected: bool, norms: bool
 ) -> None:
-    from randsurgery.inspection.weights import merged
+    from randsurgery.inspection.weights import labels_in_order
 
-    labels = merged([[row.label for row in each] for each in rows])
+    labels = labels_in_order(rows, key, shown)
     by_label = [{row.label: row for row in each} for each in rows]
     columns = (("norm", "norm"),) if norms else (("mean |w|", "mean_abs"), ("variance", "variance"))
     for title, name in columns:
@@ -145,7 +145,7 @@ def _show_side_by_side(
                 cells = [_cell(layer, name, shown, expected) for layer in layers]
                 start = "differs" if len(starts) > 1 else figure(next(iter(starts), None))
                 made.add_row(clean(label), *cells, start)
-            out().print(made)
+            show(made)
 
 
 def _cell(layer: LayerWeights | None, name: str, shown: Shown, expected: bool) -> str:
@@ -174,21 +174,17 @@ def _show_about(report: WeightsReport, number: str, parts: list[str]) -> None:
 
 def _holds(report: WeightsReport) -> str:
     left = [
-        f"{_many(count, 'tensor')} {reason}" for reason, count in sorted(report.left_out.items())
+        f"{many(count, 'tensor')} {reason}" for reason, count in sorted(report.left_out.items())
     ]
     if report.skipped:
         left.append(f"{len(report.skipped):,} that cannot be shown")
     rest = f"; left out: {', '.join(left)}" if left else ""
     if not report.layers:
         tried = "" if "by --filter" in report.left_out else "; --tensors shows them"
-        return f"{report.name}: {_many(report.tensors, 'tensor')}, no layer{rest}{tried}"
+        return f"{report.name}: {many(report.tensors, 'tensor')}, no layer{rest}{tried}"
     weights = sum(layer.size for layer in report.layers)
     what = "layer" if all(len(layer.shape) > 1 for layer in report.layers) else "tensor"
-    return f"{report.name}: {_many(len(report.layers), what)}, {weights:,} weights{rest}"
-
-
-def _many(count: int, what: str) -> str:
-    return f"{count:,} {what}{'' if count == 1 else 's'}"
+    return f"{report.name}: {many(len(report.layers), what)}, {weights:,} weights{rest}"
 
 
 def _of_parts(report: WeightsReport, shown: Shown, *, apart: bool) -> list[str]:
@@ -231,7 +227,7 @@ def show_histogram(found: Histogram) -> None:
         made.add_row(figure(found.edges[index]), figure(found.edges[index + 1]),
                      *(f"{count:,}" for count in counts), *bar)  # fmt: skip
     if found.counts:
-        console.print(made)
+        show(made)
     for index, title in enumerate(found.counts):
         number = f"({index + 1}) " if several else ""
         console.print(clean(f"{number}{found.layer} of {title}"))

@@ -7,18 +7,22 @@ import csv
 import glob
 import io
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypedDict
 
 import typer
 
 from randsurgery.cli import common
 from randsurgery.cli.common import MODEL, OUTPUT, command, note, print_json
-from randsurgery.cli.files import architecture, means_file
+from randsurgery.cli.files import architecture, is_pickled, means_file
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from randsurgery.inspection.histograms import Histogram
     from randsurgery.inspection.weight_files import Network
-    from randsurgery.inspection.weights import WeightsReport
+    from randsurgery.inspection.weights import Shown, WeightsReport
 
 SHOW = "What is shown"
 
@@ -134,10 +138,9 @@ def weights(
     Learned values are told from fixed ones, and the initial distribution's own expected values
     stand beside them. Several files stand side by side; --plot draws them as curves by layer.
     """
-    from randsurgery.cli import weight_tables
     from randsurgery.inspection import histograms, weight_files
     from randsurgery.inspection import weights as inspection
-    from randsurgery.inspection.grouping import fitting_depth
+    from randsurgery.inspection.pictures import save
 
     key = inspection.check_sort(sort)
     shown = inspection.check_part(part)
@@ -158,26 +161,63 @@ def weights(
             for network, those in zip(networks, chosen, strict=True)
         ]
         bins = None if histogram is None else histograms.layer_histogram(networks, histogram)
+    if histogram is not None and not filter:  # the others were not asked for
+        reports = [replace(report, left_out={}) for report in reports]
+    view: _View = {"shown": shown, "expected": expected, "norms": norms}
+    figure = None if plot is None else _figure(reports, bins, depth or 0, view)
     if json:
         found: dict[str, Any] = {"files": [report.to_json(norms=norms) for report in reports]}
         print_json(found if bins is None else {**found, "histogram": bins.to_json()})
     else:
-        labels = (layer.label for report in reports for layer in report.layers)
-        level = fitting_depth(labels) if depth is None else depth
-        weight_tables.show_weights(reports, key, shown, level, expected=expected, norms=norms)
-        if bins is not None:
-            weight_tables.show_histogram(bins)
+        _show(reports, bins, key, depth, view)
     if csv is not None:
         _write_csv(reports, csv)
         note(f"written: {csv}")
-    if plot is not None:
-        from randsurgery.inspection import weight_plots
-
-        if bins is not None:
-            weight_plots.plot_histogram(bins, plot)
-        else:
-            weight_plots.plot_weights(reports, plot, shown=shown, depth=depth or 0)
+    if plot is not None and figure is not None:
+        save(figure, plot)
         note(f"written: {plot}")
+
+
+class _View(TypedDict):
+    """What tables and figures show."""
+
+    shown: Shown
+    expected: bool
+    norms: bool
+
+
+def _figure(
+    reports: list[WeightsReport], bins: Histogram | None, depth: int, view: _View
+) -> Figure:
+    """What --plot asks for, before anything is printed or written. Raises UsageError."""
+    from randsurgery.inspection import weight_plots
+
+    if bins is not None:
+        return weight_plots.drawn_histogram(bins)
+    return weight_plots.drawn(reports, depth=depth, **view)
+
+
+def _show(
+    reports: list[WeightsReport],
+    bins: Histogram | None,
+    key: str,
+    depth: int | None,
+    view: _View,
+) -> None:
+    """The tables; with a histogram, of the networks that have something to show."""
+    from randsurgery.cli import weight_tables
+    from randsurgery.inspection.grouping import fitting_depth
+
+    if bins is not None:
+        for report in reports:
+            if not report.layers:
+                note(f"{report.name}: none of the layers that are shown")
+        reports = [report for report in reports if report.layers]
+    labels = (layer.label for report in reports for layer in report.layers)
+    level = fitting_depth(labels) if depth is None else depth
+    weight_tables.show_weights(reports, key, depth=level, **view)
+    if bins is not None:
+        weight_tables.show_histogram(bins)
 
 
 def _check_outputs(
@@ -199,9 +239,10 @@ def _check_outputs(
         raise UsageError("--expected reads no values, of which --histogram is made")
     if plot is not None:
         check_picture(plot, force=force)
-        check_not_input(Path(plot), [*files, base])
+        check_not_input(Path(plot), [*files, base], option="--plot")
     if csv is not None:
-        check_not_input(check_output(csv, force=force, option="--csv"), [*files, base])
+        table = check_output(csv, force=force, option="--csv")
+        check_not_input(table, [*files, base], option="--csv")
         if plot is not None and Path(plot).resolve() == Path(csv).resolve():
             raise UsageError("--plot and --csv name the same file")
 
@@ -217,7 +258,7 @@ def _open(
     """The networks of each file or architecture. Raises RandsurgeryError."""
     from randsurgery.errors import UsageError
     from randsurgery.inspection.weight_files import (
-        looks_like_safetensors,
+        builds_on_base,
         networks_of,
         open_networks,
     )
@@ -226,12 +267,16 @@ def _open(
     names = [file for file in files if not means_file(file)]
     if (any(v is not None for v in (drawn["init"], drawn["seed"])) or drawn["args"]) and not names:
         raise UsageError("--init, --seed and model arguments go with an architecture, not a file")
+    plain = [file for file in files if file not in names and not is_pickled(file)]
+    based = [file for file in plain if builds_on_base(file)]
+    if base is not None and not based:
+        raise UsageError(f"no file builds on a base; leave {base} out")
     for file, title in zip(files, _titles(files), strict=True):
         if file in names:
             made, order = architecture(file, **drawn)
             opened.append(networks_of(made, title, order))
-        elif looks_like_safetensors(file) or file.endswith(".json"):
-            tensors = _base(file, base) if values else None
+        elif file in plain:
+            tensors = _base(file, base) if values and file in based else None
             opened.append(open_networks(file, stack, title, base=tensors, values=values))
         else:
             opened.append(_pickled(file, title))
@@ -252,10 +297,7 @@ def _base(file: str, base: str | None) -> Any:
     """The base to give: a path, or the tensors of a .pth, which takes torch to be read."""
     from randsurgery.format.checkpoint import is_safetensors
     from randsurgery.inspection.verify import pickled_base
-    from randsurgery.inspection.weight_files import builds_on_base
 
-    if not builds_on_base(file):
-        return None
     found = base or (str(beside) if (beside := pickled_base(file)) else None)
     if found is None or is_safetensors(found):
         return found

@@ -41,7 +41,7 @@ from randsurgery.format.recipe import (
     SliceOverlay,
     StoredSource,
 )
-from randsurgery.format.tensors import RawTensor, claimed_bytes
+from randsurgery.format.tensors import DTYPES, RawTensor, claimed_bytes
 
 METADATA_KEY = "randsurgery"
 LINE = 16
@@ -316,6 +316,11 @@ def read_checkpoint(
                 "pass it as --checkpoint with an architecture"
             )
         recipe = parse_recipe(container.metadata[METADATA_KEY], name)
+        for key, info in container.infos.items():
+            if info.dtype not in DTYPES:
+                raise FileFormatError(
+                    f"{name}: {key!r} has dtype {info.dtype}, not one of {', '.join(DTYPES)}"
+                )
         needed = set(payload_names(recipe))
         if missing := sorted(needed - set(container.infos)):
             raise FileFormatError(f"{name}: payload {missing[0]!r} is missing")

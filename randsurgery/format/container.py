@@ -26,7 +26,14 @@ import numpy.typing as npt
 from randsurgery.errors import FileFormatError, OutputError, UsageError
 from randsurgery.format.canonical import strict_json
 from randsurgery.format.fields import MAX_PAYLOAD_NAME, check_tensor_name
-from randsurgery.format.tensors import DTYPES, STORAGE, RawTensor, byte_count, claimed_bytes
+from randsurgery.format.tensors import (
+    DTYPES,
+    FOREIGN_BITS,
+    STORAGE,
+    RawTensor,
+    byte_count,
+    claimed_bytes,
+)
 
 MAX_HEADER = 100_000_000  # the safetensors library's own limit, in bytes
 MAX_BYTES = 1 << 40
@@ -82,19 +89,31 @@ class Container:
 
     def read(self, name: str) -> RawTensor:
         """The tensor's bytes, in memory of their own."""
-        info = self.infos[name]
+        info = self._readable(name)
         array = self._bytes(info.start, info.stop)
-        if info.dtype == "BOOL" and array.size and int(array.max()) > 1:
-            raise FileFormatError(f"{self.path.name}: {name!r} has BOOL bytes other than 0 and 1")
+        self._check(name, array)
         return RawTensor(info.dtype, array.view(STORAGE[info.dtype]).reshape(info.shape))
 
     def read_part(self, name: str, start: int, stop: int) -> npt.NDArray[Any]:
         """Elements ``start`` to ``stop`` of a tensor in C order, in memory of their own. Shape
         (stop - start,), dtype ``STORAGE[dtype]``."""
-        info = self.infos[name]
+        info = self._readable(name)
         width = STORAGE[info.dtype].itemsize
         array = self._bytes(info.start + start * width, info.start + stop * width)
+        self._check(name, array)
         return array.view(STORAGE[info.dtype])
+
+    def _readable(self, name: str) -> TensorInfo:
+        info = self.infos[name]
+        if info.dtype in FOREIGN_BITS:
+            raise FileFormatError(
+                f"{self.path.name}: {name!r} is of {info.dtype}, whose values are not read"
+            )
+        return info
+
+    def _check(self, name: str, array: npt.NDArray[np.uint8]) -> None:
+        if self.infos[name].dtype == "BOOL" and array.size and int(array.max()) > 1:
+            raise FileFormatError(f"{self.path.name}: {name!r} has BOOL bytes other than 0 and 1")
 
     def _bytes(self, start: int, stop: int) -> npt.NDArray[np.uint8]:
         """Bytes of the data section. Shape (stop - start,)."""
@@ -131,6 +150,11 @@ def _read_header(file: BufferedReader, size: int, name: str) -> tuple[str, int]:
             f"convert {name} --arch ARCH, or pass it as --checkpoint with an architecture"
         )
     length = int.from_bytes(start, "little")
+    if length > MAX_HEADER and start[:1] == b"{":
+        raise FileFormatError(
+            f"{name}: a JSON text, no safetensors file; the index of a sharded one goes to inspect "
+            "storage, model, weights and diff"
+        )
     if length > MAX_HEADER or 8 + length > size:
         raise FileFormatError(
             f"{name}: truncated or not a safetensors file (its header claims {length} bytes, "
@@ -174,13 +198,13 @@ def _is_count(value: Any) -> bool:
 
 def _parse_info(key: str, value: Any, name: str) -> TensorInfo:
     try:
-        check_tensor_name(key, limit=MAX_PAYLOAD_NAME)
+        check_tensor_name(key, limit=MAX_PAYLOAD_NAME, ascii_only=False)
     except ValueError as error:
         raise FileFormatError(f"{name}: {error}") from None
     if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
         raise FileFormatError(f"{name}: {key!r} must have dtype, shape, data_offsets, only these")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
-    if dtype not in DTYPES:
+    if not isinstance(dtype, str) or dtype not in (*DTYPES, *FOREIGN_BITS):
         raise FileFormatError(
             f"{name}: {key!r} has dtype {str(dtype)[:60]!r}, not one of {', '.join(DTYPES)}"
         )
@@ -249,11 +273,14 @@ def check_output(
     return target
 
 
-def check_not_input(output: Path, inputs: Iterable[str | os.PathLike[str] | None]) -> None:
-    """Refuse to write over what is read, with ``--force`` too. Raises OutputError."""
+def check_not_input(
+    output: Path, inputs: Iterable[str | os.PathLike[str] | None], *, option: str = "--output"
+) -> None:
+    """Refuse to write over what is read, with ``--force`` too. Raises OutputError, which names the
+    option."""
     for name in inputs if output.exists() else ():
         if name is not None and os.path.exists(name) and output.samefile(name):
-            raise OutputError(f"{output}: is read by this command; choose another --output")
+            raise OutputError(f"{output}: is read by this command; choose another {option}")
 
 
 def check_picture(path: str | os.PathLike[str], *, force: bool = False) -> None:

@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import math
 import re
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field
 
 SHARED = "shared"
 
 
-def _checked_hex(text: str) -> str:
+def as_given(value: Any) -> Any:
+    """A recorded value as it was given: floats travel as canonical hexadecimal text, and what is
+    not that, or no finite number, stays what it is."""
     try:
-        value = float.fromhex(text)
+        number = float.fromhex(value) if isinstance(value, str) else math.nan
     except (ValueError, OverflowError):
-        value = math.nan
-    if not math.isfinite(value) or value.hex() != text:
+        return value
+    return number if math.isfinite(number) and number.hex() == value else value
+
+
+def _checked_hex(text: str) -> str:
+    if isinstance(as_given(text), str):
         raise ValueError(f"{text[:60]!r} is not a canonical finite hexadecimal float")
     return text
 
@@ -25,12 +31,12 @@ MAX_NAME = 400
 MAX_PAYLOAD_NAME = 500  # MEMBER/TENSOR/SLOT: 64 + 1 + 400 + 1 + at most 20
 
 
-def check_tensor_name(name: str, *, limit: int = MAX_NAME) -> str:
+def check_tensor_name(name: str, *, limit: int = MAX_NAME, ascii_only: bool = True) -> str:
     """A name that can be printed and can never be taken for a path. Raises ValueError."""
-    if not 1 <= len(name) <= limit or not name.isprintable() or not name.isascii():
-        raise ValueError(
-            f"{name[:60]!r} is not a tensor name: 1 to {limit} printable ASCII characters"
-        )
+    plain = name.isprintable() and (name.isascii() or not ascii_only)
+    if not 1 <= len(name) <= limit or not plain:
+        letters = "ASCII characters" if ascii_only else "characters"
+        raise ValueError(f"{name[:60]!r} is not a tensor name: 1 to {limit} printable {letters}")
     if name == "__metadata__" or name.startswith("/") or ".." in name or "\\" in name:
         raise ValueError(f"{name[:60]!r} is not a tensor name: no '..', '\\', leading '/'")
     return name

@@ -6,7 +6,6 @@ that a file written with ``finished=True`` proves that no member changed by a bi
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,7 +18,7 @@ from randsurgery.format.checkpoint import (
     payload_digests,
     payload_names,
 )
-from randsurgery.format.fields import SHARED, check_member_name
+from randsurgery.format.fields import SHARED, as_given, check_member_name
 from randsurgery.format.rebuild import Payloads, payload_name, read_payload, split_payload_name
 from randsurgery.format.recipe import (
     BaseRef,
@@ -217,16 +216,8 @@ def architecture(recipe: Recipe) -> tuple[str, dict[str, Any]] | None:
 def _told(recipe: Recipe) -> str:
     if recipe.model is None:
         return "module of no known architecture"
-    args = [f"{key}={_shown(value)}" for key, value in sorted(recipe.model.args.items())]
+    args = [f"{key}={as_given(value)}" for key, value in sorted(recipe.model.args.items())]
     return " ".join((recipe.model.name, *args))
-
-
-def _shown(value: Any) -> Any:
-    """An argument as it was given: floats travel as hexadecimal text."""
-    if isinstance(value, str) and value.startswith("0x"):
-        with contextlib.suppress(ValueError, OverflowError):
-            return float.fromhex(value)
-    return value
 
 
 def _name(checkpoint: Checkpoint) -> str:

@@ -39,6 +39,13 @@ STORAGE: dict[str, np.dtype[Any]] = {
     "BOOL": np.dtype("u1"),
 }
 
+FOREIGN_BITS = {
+    "C64": 64, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "F6_E2M3": 6, "F6_E3M2": 6,
+    "F4": 4,
+}  # fmt: skip
+"""Bits an element of the dtypes that files of other programs have and ours never do: their sizes
+are told, their values not read."""
+
 RANDOM_DTYPES = ("F32", "F16", "BF16")
 """What a random, signs or hadamard source may be rounded to."""
 
@@ -88,7 +95,8 @@ def element_count(shape: tuple[int, ...] | list[int]) -> int:
 
 def byte_count(dtype: str, shape: tuple[int, ...] | list[int]) -> int:
     """Bytes of a tensor of this dtype and shape."""
-    return element_count(shape) * STORAGE[dtype].itemsize
+    bits = FOREIGN_BITS[dtype] if dtype in FOREIGN_BITS else 8 * STORAGE[dtype].itemsize
+    return -(-element_count(shape) * bits // 8)
 
 
 def claimed_bytes(dtype: str, shape: tuple[int, ...] | list[int]) -> int:

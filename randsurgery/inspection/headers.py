@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -94,6 +94,30 @@ def header_of(path: str | os.PathLike[str], tensors: Mapping[str, RawTensor]) ->
 def header_of_recipe(name: str, recipe: Recipe) -> Header:
     """The same of a network that no file has been written of."""
     return Header(name, "architecture", 0, 0, {}, {}, recipe, 0)
+
+
+@contextlib.contextmanager
+def naming(path: str | os.PathLike[str] | None) -> Iterator[None]:
+    """What is wrong with a payload is said of its file, of which a command may have several."""
+    try:
+        yield
+    except FileFormatError as error:
+        file = Path(path).name if path else ""
+        if not file or str(error).startswith(file):
+            raise
+        raise FileFormatError(f"{file}: {error}") from None
+
+
+def looks_like_safetensors(path: str | os.PathLike[str]) -> bool:
+    """True if the file says so by its name, or begins as one whatever it is called."""
+    if Path(path).suffix == ".safetensors":
+        return True
+    try:
+        with Path(path).open("rb") as file:
+            start = file.read(9)
+    except OSError:
+        return False
+    return start[8:] == b"{" and start[:4] != b"PK\x03\x04"
 
 
 def is_index(path: str | os.PathLike[str]) -> bool:

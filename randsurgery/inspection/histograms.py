@@ -62,16 +62,13 @@ def layer_histogram(networks: Sequence[Network], layer: str, bins: int = BINS) -
             parts.append((f"{network.name}{end}", tensor, None, found))
             continue
         split = summarise_parts(
-            tensor.dtype, tensor.shape, fetch, tensor.labels(), (FIXED, LEARNED)
+            tensor.dtype, tensor.shape, fetch, tensor.labels(), (LEARNED, FIXED)
         )
         parts += [(f"{network.name} ({PARTS[p]})", tensor, p, s) for p, s in split.items()]
     seen = [s for _, _, _, s in parts if s.min is not None]
     low = min((s.min for s in seen if s.min is not None), default=0.0)
     high = max((s.max for s in seen if s.max is not None), default=0.0)
-    if low == high:
-        low, high = low - max(abs(low), 1.0) / 2, high + max(abs(high), 1.0) / 2
-    step = high / bins - low / bins  # high - low may be beyond float64
-    edges = np.array([*(low + step * i for i in range(bins)), high])
+    edges = _edges(low, high, bins)
     counts = {
         title: tuple(_counted(tensor, edges, part))
         for title, tensor, part, summary in parts
@@ -79,6 +76,18 @@ def layer_histogram(networks: Sequence[Network], layer: str, bins: int = BINS) -
     }
     initial = {n.name: t.initial for n, t in having if t.initial is not None}
     return Histogram(name, tuple(edges.tolist()), counts, initial)
+
+
+def _edges(low: float, high: float, bins: int) -> F64:
+    """The edges of bins of one width, as far as float64 tells them apart: never falling, from the
+    lowest to the highest value. Shape (bins + 1,)."""
+    if low == high:
+        most, half = float(np.finfo(np.float64).max), max(abs(low), 1.0) / 2
+        low, high = max(low - half, -most), min(high + half, most)
+    shares = np.arange(bins + 1) / bins
+    edges = low * (1 - shares) + high * shares  # high - low may be beyond float64
+    found: F64 = np.maximum.accumulate(np.clip(edges, low, high))
+    return found
 
 
 def _counted(tensor: TensorSource, edges: F64, part: int | None) -> list[int]:

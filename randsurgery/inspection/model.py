@@ -7,12 +7,12 @@ runs through them.
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from randsurgery.errors import UsageError, near
+from randsurgery.format.fields import as_given
 from randsurgery.format.recipe import Member, Recipe
 from randsurgery.format.specs import DatasetSpec, HeadSpec, InputSpec
 from randsurgery.format.tensors import RawTensor
@@ -164,7 +164,7 @@ def _report(header: Header, member: str | None, tensors: Iterable[TensorView]) -
         header_bytes=header.header_bytes,
         parts=header.parts,
         architecture=None if model is None else model.name,
-        arguments={} if model is None else {k: _number(v) for k, v in model.args.items()},
+        arguments={} if model is None else {k: as_given(v) for k, v in model.args.items()},
         member=member,
         members=members,
         bases={} if recipe is None else {key: ref.to_json() for key, ref in recipe.bases.items()},
@@ -211,10 +211,3 @@ def _input(found: InputSpec) -> dict[str, Any]:
         "crop": float.fromhex(found.crop),
         "crop_mode": found.crop_mode,
     }
-
-
-def _number(value: Any) -> Any:
-    """A model argument: floats travel as hexadecimal text."""
-    if isinstance(value, str) and re.fullmatch(r"-?0x[01]\.[0-9a-f]+p[+-]\d+", value):
-        return float.fromhex(value)
-    return value

@@ -253,10 +253,6 @@ def histogram(
 
 
 @np.errstate(invalid="ignore")  # a signalling NaN becomes a quiet one
-def as_f64(dtype: str, elements: npt.NDArray[Any], out: F64 | None = None) -> F64:
-    """The values of stored elements, flat; in ``out`` if that is given. Exact, but for integers
-    beyond 2^53. Shape (n,)."""
-    if out is None:
-        out = np.empty(elements.size)
-    np.copyto(out, numbers(dtype, elements))
-    return out
+def as_f64(dtype: str, elements: npt.NDArray[Any]) -> F64:
+    """The values of stored elements, flat. Exact, but for integers beyond 2^53. Shape (n,)."""
+    return numbers(dtype, elements).astype(np.float64)

@@ -42,7 +42,7 @@ from randsurgery.format.recipe import (
     StoredSource,
 )
 from randsurgery.format.tensors import RawTensor
-from randsurgery.inspection.headers import is_index, open_shards
+from randsurgery.inspection.headers import is_index, naming, open_shards
 
 Kind = tuple[str, tuple[int, ...]]
 """(dtype, shape)"""
@@ -171,7 +171,8 @@ class Ours:
 
     def tensor(self, name: str) -> RawTensor:
         """The finished tensor. Raises FileFormatError or IncompatibleError."""
-        return self._checkpoint(name).rebuild(self.member, name)
+        with naming(self.opened.path):
+            return self._checkpoint(name).rebuild(self.member, name)
 
     def mask_payloads(self, name: str) -> list[tuple[str, MaskOverlay | ScatterOverlay]]:
         """Name and overlay of every mask that takes part in the tensor."""
@@ -206,6 +207,10 @@ class Ours:
         """
         if not self.is_masked(name):
             return None
+        with naming(self.opened.path):
+            return self._kept(name)
+
+    def _kept(self, name: str) -> Mask:
         _, entry, steps = sentence(self.recipe, self.member, name)
         payloads = self.opened.checkpoint.payloads
         check_affordable(entry.size, name)

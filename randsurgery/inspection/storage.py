@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from randsurgery.format.checkpoint import payload_names, step_payloads
 from randsurgery.format.container import TensorInfo
@@ -13,11 +13,18 @@ from randsurgery.format.fields import SHARED
 from randsurgery.format.rebuild import payload_name, sentence
 from randsurgery.format.recipe import Member, Recipe
 from randsurgery.format.tensors import RawTensor, byte_count
+from randsurgery.inspection.grouping import place
 from randsurgery.inspection.headers import MemberBytes, header_of, member_bytes, read_header
-from randsurgery.inspection.pictures import byte_unit, legible, save
+from randsurgery.inspection.pictures import byte_unit, legible, save, told_apart
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 SHOWN = 24
-"""Parts that a chart shows; the smallest are put together."""
+"""Parts that a chart shows; the smallest share a bar."""
+LONGEST = 40
+"""Letters of a name beside a bar."""
 
 
 @dataclass(frozen=True)
@@ -85,24 +92,30 @@ class StorageReport:
         dense = f"{count} dense files" if count > 1 else "a dense file"
         return [(dense, self.dense_bytes), ("this file", self.bytes)]
 
-    def breakdown(self) -> list[tuple[str, int]]:
-        """(what, bytes) of the parts of the file, which add up to it: members and what they share,
-        or, of one network, what makes its tensors. At most ``SHOWN`` and what is left."""
+    def parts_held(self) -> list[tuple[str, int, int]]:
+        """(what, bytes, how many) of the parts of the file, which add up to it, bytes times how
+        many: members and what they share, or, of one network, what makes its tensors. More than
+        ``SHOWN`` have the rest as one row, its bytes their mean, rounded."""
         if len(self.members) > 1:
             rest = [("shared", self.shared_bytes + self.shared_header_bytes)]
             parts = [(member.name, member.bytes) for member in self.members]
-            what = "further members"
         else:
             parts = [(name, stored) for name, _, stored, _ in self.groups() if stored]
             rest = [("popup scores", self.score_bytes)] if self.score_bytes else []
             rest.append(("header", self.header_bytes))
-            what = "further kinds"
         if len(parts) > SHOWN or len(self.members) < 2:
             parts.sort(key=lambda part: -part[1])
-        if len(parts) > SHOWN:
-            left = sum(size for _, size in parts[SHOWN:])
-            parts = [*parts[:SHOWN], (f"{len(parts) - SHOWN} {what}", left)]
-        return rest + parts if len(self.members) > 1 else parts + rest
+        shown, others = parts[:SHOWN], [size for _, size in parts[SHOWN:]]
+        rows = rest + shown if len(self.members) > 1 else shown + rest
+        found = [(name, size, 1) for name, size in rows]
+        if others:
+            mean = round(sum(others) / len(others))
+            found.append((f"{len(others)} more, each", mean, len(others)))
+        return found
+
+    def breakdown(self) -> list[tuple[str, int]]:
+        """(what, bytes) of ``parts_held``: of those that share a row, the bytes of one."""
+        return [(name, size) for name, size, _ in self.parts_held()]
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, with ``ratio``."""
@@ -145,14 +158,14 @@ def _foreign_rows(infos: Mapping[str, TensorInfo]) -> list[TensorStorage]:
             "", name, info.dtype, info.shape, "stored", (), info.stop - info.start,
             info.stop - info.start,
         )
-        for name, info in sorted(infos.items())
+        for name, info in sorted(infos.items(), key=lambda item: place(item[0]))
     ]  # fmt: skip
 
 
 def _recipe_rows(recipe: Recipe, sizes: Mapping[str, int]) -> tuple[list[TensorStorage], int]:
     rows, scores, counted = [], 0, set[str]()
     for member in recipe.members:
-        for name in recipe.tensor_names(member):
+        for name in sorted(recipe.tensor_names(member), key=place):
             rows.append(_row(recipe, member, name, sizes, counted))
         scores += sum(sizes.get(payload_name(member.name, n, "scores"), 0) for n in member.scores)
     return rows, scores
@@ -182,22 +195,34 @@ def _row(
 def plot_storage(report: StorageReport, path: str | os.PathLike[str]) -> None:
     """Two bar charts, to a .png, .svg or .pdf file: the file against dense ones, and its parts.
     Raises OutputError."""
+    save(drawn(report), path)
+
+
+def drawn(report: StorageReport) -> Figure:
+    """The charts, as high as they have bars. A bar that stands for several parts is as long as one
+    of them, and says how many they are."""
     from matplotlib.figure import Figure
 
-    parts = report.breakdown()
+    parts = report.parts_held()
     figure = Figure(figsize=(9, max(2.6, 1.2 + 0.24 * len(parts))), layout="constrained")
     figure.suptitle(legible(report.file, 60), fontsize=10, parse_math=False)
-    charts = (("against dense", report.whole()), ("what the file holds", parts))
+    whole = [(name, size, 1) for name, size in report.whole()]
+    charts = (("against dense", whole), ("what the file holds", parts))
     for axes, (title, rows) in zip(figure.subplots(1, 2), charts, strict=True):
-        places = range(len(rows))
-        sizes = [size for _, size in rows]
-        unit, scale = byte_unit(max(sizes, default=0))
-        bars = axes.barh(places, [size / scale for size in sizes])
-        axes.bar_label(bars, [f"{size / scale:,.2f}" for size in sizes], padding=3, fontsize=8)
-        axes.set_yticks(places, [legible(name, 60) for name, _ in rows], parse_math=False)
+        _plot_bars(axes, rows)
         axes.set_title(title, fontsize=10)
-        axes.set_xlabel(unit)
-        axes.margins(x=0.18)
         axes.set_ylim(max(len(parts), 2) - 0.5, -0.5)  # bars of one thickness, from the top
-        axes.spines[["top", "right"]].set_visible(False)
-    save(figure, path)
+    return figure
+
+
+def _plot_bars(axes: Axes, rows: list[tuple[str, int, int]]) -> None:
+    """One bar a row, its figure beside it."""
+    places = range(len(rows))
+    unit, scale = byte_unit(max((size for _, size, _ in rows), default=0))
+    bars = axes.barh(places, [size / scale for _, size, _ in rows])
+    told = [f"{f'{count} x ' if count > 1 else ''}{size / scale:,.2f}" for _, size, count in rows]
+    axes.bar_label(bars, told, padding=3, fontsize=8)
+    axes.set_yticks(places, told_apart([name for name, _, _ in rows], LONGEST), parse_math=False)
+    axes.set_xlabel(unit)
+    axes.margins(x=0.18)
+    axes.spines[["top", "right"]].set_visible(False)

@@ -44,8 +44,8 @@ from randsurgery.format.recipe import (
     Source,
     StoredSource,
 )
-from randsurgery.format.tensors import RawTensor
-from randsurgery.inspection.headers import is_index, open_shards
+from randsurgery.format.tensors import DTYPES, RawTensor
+from randsurgery.inspection.headers import is_index, naming, open_shards
 from randsurgery.inspection.moments import Fetch
 
 Labels = npt.NDArray[np.uint8]
@@ -115,18 +115,6 @@ class Network:
         return self.file if self.member is None else f"{self.file}:{self.member}"
 
 
-def looks_like_safetensors(path: str | os.PathLike[str]) -> bool:
-    """True if the file says so by its name, or begins as one whatever it is called."""
-    if Path(path).suffix == ".safetensors":
-        return True
-    try:
-        with Path(path).open("rb") as file:
-            start = file.read(9)
-    except OSError:
-        return False
-    return start[8:] == b"{" and start[:4] != b"PK\x03\x04"
-
-
 def open_networks(
     path: str | os.PathLike[str],
     stack: contextlib.ExitStack,
@@ -139,12 +127,10 @@ def open_networks(
     ``stack`` closes what was opened. ``title``: what to call the file. ``values`` false: no base is
     needed. Raises FileFormatError, or IncompatibleError for a base that is missing."""
     if is_index(path):
-        shards = open_shards(Path(path), stack)
-        return [Network(title, tuple(_stored(shards[name], name) for name in sorted(shards)))]
+        return [_of_others(open_shards(Path(path), stack), title)]
     container = stack.enter_context(Container(path))
     if not is_checkpoint(container):
-        tensors = tuple(_stored(container, name) for name in sorted(container.infos))
-        return [Network(title, tensors)]
+        return [_of_others(dict.fromkeys(container.infos, container), title)]
     container.__exit__()
     found = stack.enter_context(read_checkpoint(path, base=base, need_bases=values))
     return networks_of(found, title)
@@ -203,6 +189,16 @@ def _stretch(array: npt.NDArray[Any]) -> Fetch:
 # --- safetensors of any origin -------------------------------------------------------------------
 
 
+def _of_others(files: Mapping[str, Container], title: str) -> Network:
+    """The tensors by the file that each lies in."""
+    dtypes = {name: file.infos[name].dtype for name, file in files.items()}
+    return Network(
+        title,
+        tuple(_stored(files[name], name) for name in sorted(files) if dtypes[name] in DTYPES),
+        skipped={name: dtype for name, dtype in dtypes.items() if dtype not in DTYPES},
+    )
+
+
 def _stored(container: Container, name: str) -> TensorSource:
     info = container.infos[name]
 
@@ -218,11 +214,16 @@ def _stored(container: Container, name: str) -> TensorSource:
 def _rebuilt(checkpoint: Checkpoint, member: Member, name: str) -> TensorSource:
     entry = checkpoint.recipe.resolved(member, name)
     whole = _one_part(checkpoint.recipe, member, name)
+
+    def values() -> Fetch:
+        with naming(checkpoint.path):
+            return _stretch(checkpoint.rebuild(member, name).array)
+
     return TensorSource(
         name,
         entry.dtype,
         entry.shape,
-        lambda: _stretch(checkpoint.rebuild(member, name).array),
+        values,
         _initial(checkpoint.recipe, member, name, entry),
         whole,
         None if whole else lambda: element_labels(checkpoint, member, name),

@@ -68,7 +68,8 @@ class LayerWeights:
         found: dict[str, Any] = {
             "name": self.name, "dtype": self.dtype, "shape": list(self.shape), "size": self.size,
             "masked": self.masked, "initial": None if self.initial is None
-            else {**asdict(self.initial), "std": self.initial.std},
+            else {k: plain_number(v) for k, v in
+                  {**asdict(self.initial), "std": self.initial.std}.items()},
         }  # fmt: skip
         for part in ("all", "learned", "fixed"):
             summary = getattr(self, part)
@@ -259,18 +260,18 @@ def _joined_initial(group: list[LayerWeights]) -> Initial | None:
     )
 
 
-def merged(orders: list[list[str]]) -> list[str]:
+def merged(orders: Iterable[Iterable[str]]) -> list[str]:
     """All labels, each list's in its own order; what only a later list has stands behind the label
     that it follows there."""
     found: list[str] = []
     for order in orders:
-        place = 0
+        at = 0
         for label in order:
             if label in found:
-                place = found.index(label) + 1
+                at = found.index(label) + 1
             else:
-                found.insert(place, label)
-                place += 1
+                found.insert(at, label)
+                at += 1
     return found
 
 
@@ -314,6 +315,14 @@ def in_sorted_order(layers: Sequence[LayerWeights], key: str, shown: Shown) -> l
         return value is None, 0.0 if value is None else -value
 
     return sorted(layers, key=figure)
+
+
+def labels_in_order(rows: Sequence[Sequence[LayerWeights]], key: str, shown: Shown) -> list[str]:
+    """The layers of several networks, by the largest figure that one of them has for each."""
+    if key == "layer":
+        return merged([row.label for row in each] for each in rows)
+    every = in_sorted_order([row for each in rows for row in each], key, shown)
+    return list(dict.fromkeys(row.label for row in every))
 
 
 def _figure(layer: LayerWeights, key: str, shown: Shown) -> float | None:

@@ -23,6 +23,7 @@ from randsurgery.format.container import (
     pack,
     write_atomically,
 )
+from randsurgery.format.fields import as_given
 from randsurgery.format.rebuild import payload_name
 from randsurgery.format.recipe import BaseSource, Member, MemberTensor, Recipe, StoredSource
 from randsurgery.format.writing import write_checkpoint
@@ -111,15 +112,9 @@ def _how_to_load(recipe: Recipe, member: Member, kind: str, target: Path) -> str
     args: dict[str, Any] = dict(recipe.model.args)
     if "num_classes" not in args and member.head is not None:
         args["num_classes"] = member.head.classes
-    given = "".join(f", {key}={_argument(value)}" for key, value in sorted(args.items()))
+    given = "".join(f", {key}={as_given(value)!r}" for key, value in sorted(args.items()))
     call = f"timm.create_model({recipe.model.name!r}, checkpoint_path={str(target)!r}{given})"
     return first + call
-
-
-def _argument(value: Any) -> str:
-    if isinstance(value, str) and value.startswith(("0x", "-0x")):
-        return repr(float.fromhex(value))
-    return repr(value)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ byte is allocated.
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +17,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from randsurgery.errors import IncompatibleError, RandsurgeryError, UsageError, near, reason
+from randsurgery.format.fields import as_given
 from randsurgery.format.rebuild import check_affordable
 from randsurgery.format.specs import ModelSpec
 from randsurgery.surgery import zoo
@@ -107,10 +107,8 @@ def arguments_of(spec: ModelSpec) -> dict[str, ArgValue]:
     """The arguments of a model field read from a file. Raises IncompatibleError."""
     found: dict[str, ArgValue] = {}
     for key, value in spec.args.items():
-        if key in ARGUMENTS and ARGUMENTS[key].kind is float and isinstance(value, str):
-            with contextlib.suppress(ValueError):
-                found[key] = check_argument(key, float.fromhex(value), IncompatibleError)
-                continue
+        if key in ARGUMENTS and ARGUMENTS[key].kind is float:
+            value = as_given(value)
         found[key] = check_argument(key, value, IncompatibleError)
     return found
 
