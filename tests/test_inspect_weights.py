@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from format_helpers import raw_file, tensor_header
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from inspect_helpers import in_terminal
@@ -140,12 +141,17 @@ def tensors(draw: st.DrawFn) -> tuple[RawTensor, npt.NDArray[np.float64]]:
     values = np.where(rng.random(shape) < draw(st.sampled_from([0.0, 0.3, 1.0])), 0.0, values)
     if draw(st.booleans()):
         values = np.where(rng.random(shape) < 0.2, draw(st.sampled_from([np.nan, np.inf])), values)
-    dtype = draw(st.sampled_from(["F64", "F32", "BF16", "I32"]))
+    dtype = draw(st.sampled_from(["F64", "F32", "F16", "BF16", "I32", "I64", "BOOL"]))
     if dtype == "F64":
         return RawTensor.of(np.asarray(values)), values
-    if dtype == "I32":
-        whole = np.asarray(rng.integers(-50, 50, shape), dtype=np.int32)
+    if dtype in ("I32", "I64", "BOOL"):
+        kind = {"I32": np.int32, "I64": np.int64, "BOOL": np.bool_}[dtype]
+        whole = np.asarray(rng.integers(-50, 50, shape) // 3, dtype=kind)
         return RawTensor.of(whole), whole.astype(np.float64)
+    if dtype == "F16":
+        with np.errstate(over="ignore"):
+            half = np.asarray(values, dtype=np.float16)
+        return RawTensor.of(half), half.astype(np.float64)
     single = np.asarray(values, dtype=np.float32)
     if dtype == "F32":
         return RawTensor.of(single), single.astype(np.float64)
@@ -813,3 +819,18 @@ print("torch" in sys.modules, status.split("VmHWM:")[1].split()[0], file=sys.std
     torch_loaded, peak = done.stderr.split()[-2:]
     assert torch_loaded == "False"
     assert int(peak) * 1024 < 3 * (2 * size * 4) + 150e6
+
+
+def test_bool_bytes_that_are_neither_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(raw_file({"a": tensor_header("BOOL", [2, 2], 0, 4)}, bytes([0, 1, 2, 1])))
+    assert "BOOL bytes other than 0 and 1" in fails(3, path, "--tensors")
+
+
+def test_a_distribution_beyond_float64_is_null_in_json() -> None:
+    beyond = weight_files.Initial("normal", 1e300, 0.0, math.inf, math.inf, math.nan)
+    found = LayerWeights("a", "F32", (2, 2), 4, initial=beyond).to_json(norms=False)
+    assert json.loads(json.dumps(found, allow_nan=False))["initial"] == {
+        "kind": "normal", "scale": 1e300, "mean": 0.0, "mean_abs": None, "variance": None,
+        "norm": None, "std": None,
+    }  # fmt: skip
