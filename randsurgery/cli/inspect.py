@@ -3,6 +3,7 @@ program's file is read, and nowhere else."""
 
 from __future__ import annotations
 
+import gc
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -39,7 +40,12 @@ def storage(
     if plot is not None:
         check_picture(plot, force=force)
     files.check_file(file)
-    report = report_on(file, files.read_by_torch(file))
+    tensors_of = files.read_by_torch(file)
+    gc.freeze()  # what was imported stays: a tenth of the time went into looking through it again
+    try:
+        report = report_on(file, tensors_of)
+    finally:
+        gc.unfreeze()
     if json:
         print_json(report.to_json())
     else:

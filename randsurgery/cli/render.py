@@ -54,8 +54,10 @@ def show_storage(report: StorageReport, *, tensors: bool) -> None:
     """The breakdown of a file: by what makes the tensors, or tensor by tensor."""
     console = out()
     if tensors:
+        from randsurgery.inspection.grouping import place
+
         made = table("tensor", "shape", "made of", "bytes", "dense", right=(3, 4))
-        for row in report.tensors:
+        for row in sorted(report.tensors, key=lambda row: (row.member, place(row.name))):
             made.add_row(_tensor_name(row, report), _shape(row), row.made_of,
                          f"{row.bytes:,}", f"{row.dense_bytes:,}")  # fmt: skip
     else:

@@ -316,11 +316,12 @@ class Recipe(Model):
         for name, learned in (member.plan.tensors if member.plan else {}).items():
             if name not in self.tensors and name not in member.tensors:
                 raise ValueError(f"member {member.name!r} plans to learn no tensor: {name!r}")
-            shape = self.resolved(member, name).shape
+            entry = self.resolved(member, name)
+            shape = entry.shape
             dim, count = learned.dim, learned.count
             if dim is not None and (dim >= len(shape) or (count or 0) > shape[dim]):
                 raise ValueError(f"{name}: no slice of {count} along dim {dim} to learn")
-            kinds = {overlay.kind for overlay in self.resolved(member, name).overlays}
+            kinds = {overlay.kind for overlay in entry.overlays}
             if learned.part == "survivors" and not kinds & {"mask", "scatter"}:
                 raise ValueError(f"{name}: no mask says which values survive to be learned")
             if isinstance(learned.start, BaseSource) and learned.start.base not in self.bases:

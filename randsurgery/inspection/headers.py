@@ -19,6 +19,7 @@ from randsurgery.format.checkpoint import (
     payload_names,
 )
 from randsurgery.format.container import MAX_HEADER, Container, TensorInfo
+from randsurgery.format.rebuild import sentence
 from randsurgery.format.recipe import Member, Recipe
 from randsurgery.format.tensors import RawTensor, byte_count
 
@@ -189,7 +190,7 @@ def member_bytes(recipe: Recipe, member: Member, infos: Mapping[str, TensorInfo]
     """What a member takes of a file with these payloads."""
     names = list(payload_names(recipe, member.name))
     payload = sum(infos[name].stop - infos[name].start for name in names)
-    entries = (recipe.resolved(member, name) for name in recipe.tensor_names(member))
+    entries = (sentence(recipe, member, name)[1] for name in recipe.tensor_names(member))
     return MemberBytes(
         name=member.name,
         bytes=payload + _header_text(member, names, infos),

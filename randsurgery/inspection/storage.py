@@ -13,7 +13,6 @@ from randsurgery.format.fields import SHARED
 from randsurgery.format.rebuild import payload_name, sentence
 from randsurgery.format.recipe import Member, Recipe
 from randsurgery.format.tensors import RawTensor, byte_count
-from randsurgery.inspection.grouping import place
 from randsurgery.inspection.headers import MemberBytes, header_of, member_bytes, read_header
 from randsurgery.inspection.pictures import byte_unit, legible, save, told_apart
 
@@ -158,14 +157,14 @@ def _foreign_rows(infos: Mapping[str, TensorInfo]) -> list[TensorStorage]:
             "", name, info.dtype, info.shape, "stored", (), info.stop - info.start,
             info.stop - info.start,
         )
-        for name, info in sorted(infos.items(), key=lambda item: place(item[0]))
+        for name, info in sorted(infos.items())
     ]  # fmt: skip
 
 
 def _recipe_rows(recipe: Recipe, sizes: Mapping[str, int]) -> tuple[list[TensorStorage], int]:
     rows, scores, counted = [], 0, set[str]()
     for member in recipe.members:
-        for name in sorted(recipe.tensor_names(member), key=place):
+        for name in recipe.tensor_names(member):
             rows.append(_row(recipe, member, name, sizes, counted))
         scores += sum(sizes.get(payload_name(member.name, n, "scores"), 0) for n in member.scores)
     return rows, scores
