@@ -21,12 +21,14 @@ _FIRST = re.compile(
 )
 _LAST = re.compile(_WRAPPERS + r"(head\w*|fc|classifier|lm_head|last_linear|output)\b")
 
+_NUMBER = re.compile("([0-9]{1,18})")
+
 Natural = list[tuple[bool, int, str]]
 
 
 def natural(name: str) -> Natural:
     """A key that sorts numbers in names as numbers: ``blocks.2`` before ``blocks.10``."""
-    parts = re.split(r"([0-9]{1,18})", name)  # every second one is a number
+    parts = _NUMBER.split(name)  # every second one is a number
     return [(i % 2 == 0, int(part) if i % 2 else 0, part) for i, part in enumerate(parts) if part]
 
 
