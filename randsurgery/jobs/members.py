@@ -88,6 +88,8 @@ def prepare_add(
 ) -> Change:
     """An ensemble with further members, into ``output`` or in place. Raises RandsurgeryError;
     writes nothing."""
+    if any(Path(one).resolve() == Path(file).resolve() for one in incoming.files):
+        raise UsageError(f"{file} has its members already; name other files to add")
     target = in_place(file, output, force=force)
     check_not_input(target, (*incoming.files, incoming.base))
     with contextlib.ExitStack() as stack:
