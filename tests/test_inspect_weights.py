@@ -834,3 +834,24 @@ def test_a_distribution_beyond_float64_is_null_in_json() -> None:
         "kind": "normal", "scale": 1e300, "mean": 0.0, "mean_abs": None, "variance": None,
         "norm": None, "std": None,
     }  # fmt: skip
+
+
+def test_several_files_are_sorted_by_the_largest_figure_of_any(tmp_path: Path) -> None:
+    one = save(tmp_path / "1.safetensors", **{"a.weight": normal(2, 2), "b.weight": normal(2, 2)})
+    two = save(
+        tmp_path / "2.safetensors", **{"a.weight": normal(2, 2), "b.weight": 99 * normal(2, 2)}
+    )
+    for files in ((one, two), (two, one)):
+        rows = shown(*files, "--sort", "std").splitlines()[2:4]
+        assert [row.split()[0] for row in rows] == ["b", "a"]
+    rows = shown(one, two, "--sort", "name").splitlines()[2:4]
+    assert [row.split()[0] for row in rows] == ["a", "b"]
+
+
+def test_a_corrupt_payload_is_told_with_its_file(tmp_path: Path) -> None:
+    sound = GOLDEN / "popup.safetensors"
+    data = bytearray(sound.read_bytes())
+    data[-1] ^= 1
+    damaged = tmp_path / "damaged.safetensors"
+    damaged.write_bytes(data)
+    assert "damaged.safetensors: payload 'main/" in fails(3, sound, damaged)
