@@ -4,6 +4,8 @@ an architecture and for another program's pickle, and nowhere else."""
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -13,6 +15,7 @@ from randsurgery.errors import FileFormatError
 
 if TYPE_CHECKING:
     from randsurgery.format.checkpoint import Checkpoint
+    from randsurgery.format.recipe import BaseRef
 
 PICKLED = (".pth", ".pt", ".bin", ".tar", ".ckpt")
 """What programs call what torch.save writes."""
@@ -68,6 +71,22 @@ def read_by_torch(file: str) -> Any:
     for name, reason in state.skipped.items():
         note(clean(f"{name}: left out ({reason})"))
     return {name: read() for name, read in state.tensors.items()}
+
+
+def given_base(file: str, base: str | None, refs: Iterable[BaseRef]) -> Any:
+    """The base to give to a file that builds on ``refs``: a path, or the tensors of a .pth, which
+    takes torch to be read. Without ``base`` a .pth that lies beside the file; None leaves what else
+    does to whoever opens the file."""
+    from randsurgery.format.checkpoint import is_safetensors
+
+    names = sorted(ref.file for ref in refs if ref.file is not None)
+    beside = (Path(file).parent / name for name in names if not is_safetensors(name))
+    found = base or next((str(path) for path in beside if path.is_file()), None)
+    if found is None or is_safetensors(found):
+        return found
+    from randsurgery.surgery.bases import given_base as read
+
+    return read(found)
 
 
 def architecture(

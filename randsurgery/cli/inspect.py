@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import gc
 import sys
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -13,6 +13,7 @@ from randsurgery.cli import common, files
 from randsurgery.cli.common import OUTPUT, command, note, print_json
 
 if TYPE_CHECKING:
+    from randsurgery.format.recipe import BaseRef
     from randsurgery.inspection.verify import Found, VerifyReport
 
 app = typer.Typer(help="See what is in a file.", no_args_is_help=True)
@@ -123,11 +124,13 @@ def verify(
     from randsurgery.cli import tables
     from randsurgery.cli.render import many
     from randsurgery.errors import UsageError
+    from randsurgery.inspection.headers import bases_of
     from randsurgery.inspection.verify import find_files
 
     found = find_files(files)
     if len(found) == 1 and found[0].named:
-        report = _verified(str(found[0].path), base, architecture)
+        path = str(found[0].path)
+        report = _verified(path, base, architecture, bases_of(path))
         if json:
             print_json(report.to_json())
         else:
@@ -152,18 +155,15 @@ def verify(
         raise typer.Exit(3)
 
 
-def _verified(file: str, base: str | None, architecture: bool) -> VerifyReport:
+def _verified(
+    file: str, base: str | None, architecture: bool, bases: dict[str, BaseRef] | None
+) -> VerifyReport:
     from randsurgery.errors import FileFormatError
-    from randsurgery.inspection.verify import builds_on_base, pickled_base, verify_file
+    from randsurgery.inspection.verify import verify_file
 
-    if builds_on_base(file) is None:
+    if bases is None:
         raise FileFormatError(f"{file}: not one of randsurgery, so that it holds no digests")
-    base = base or (str(found) if (found := pickled_base(file)) else None)
-    tensors: Any = base
-    if base is not None and not base.endswith(".safetensors"):
-        from randsurgery.surgery.bases import given_base  # .pth needs torch
-
-        tensors = given_base(base)
+    tensors = files.given_base(file, base, bases.values())
     return verify_file(file, base=tensors, architecture=architecture)
 
 
@@ -172,13 +172,15 @@ def _verified_among(found: Found, base: str | None, architecture: bool) -> Verif
     from dataclasses import replace
 
     from randsurgery.errors import FileFormatError, IncompatibleError
-    from randsurgery.inspection.verify import VerifyReport, builds_on_base
+    from randsurgery.inspection.headers import bases_of
+    from randsurgery.inspection.verify import VerifyReport
 
     file = str(found.path)
     try:
-        based = builds_on_base(file)
-        if based is None and not found.named:
+        bases = bases_of(file)
+        if bases is None and not found.named:
             return VerifyReport(file, (), foreign=True)
-        return replace(_verified(file, base if based else None, architecture), file=file)
+        report = _verified(file, base if bases else None, architecture, bases)
+        return replace(report, file=file)
     except (FileFormatError, IncompatibleError) as error:
         return VerifyReport(file, (), fault=str(error))

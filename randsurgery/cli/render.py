@@ -125,8 +125,8 @@ def show_members(report: MembersReport) -> None:
     shared = f"of which {size(report.rest_bytes)} shared{beside}"
     console.print(f"{clean(report.file)}: {size(report.bytes)}, {shared}")
     count, ratio = len(report.members), report.dense_bytes / max(1, report.bytes)
-    many = f"{count} dense files" if count > 1 else "a dense file"
-    console.print(f"as {many}: {size(report.dense_bytes)}, {ratio:.1f}x as much")
+    apart = f"{count} dense files" if count > 1 else "a dense file"
+    console.print(f"as {apart}: {size(report.dense_bytes)}, {ratio:.1f}x as much")
 
 
 def show_ensemble(found: Scored) -> None:

@@ -312,14 +312,15 @@ def _input(seen: dict[str, Any]) -> str:
 
 
 def _in_short(view: MemberView) -> str:
-    metrics = view.provenance.get("metrics")
-    accuracy = metrics.get("test_accuracy") if isinstance(metrics, dict) else None
+    from randsurgery.inspection.members import recorded_accuracy
+
+    accuracy = recorded_accuracy(view.provenance)
     learned = _told_learned(view.learned, view.masked, view.planned)
     parts = [
         f"{view.head['classes']:,} classes" if view.head else "",
         str(view.dataset["name"]) if view.dataset else "",
         "nothing learned" if learned == "nothing" else learned,
-        f"accuracy {accuracy:.4f}" if isinstance(accuracy, float) else "",
+        "" if accuracy is None else f"accuracy {accuracy:.4f}",
     ]
     return clip(", ".join(part for part in parts if part) or "says nothing of itself", 64)
 

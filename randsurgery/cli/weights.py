@@ -15,7 +15,7 @@ import typer
 
 from randsurgery.cli import common
 from randsurgery.cli.common import MODEL, OUTPUT, command, note, print_json
-from randsurgery.cli.files import architecture, is_pickled, means_file
+from randsurgery.cli.files import architecture, given_base, is_pickled, means_file
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -257,26 +257,24 @@ def _open(
 ) -> list[list[Network]]:
     """The networks of each file or architecture. Raises RandsurgeryError."""
     from randsurgery.errors import UsageError
-    from randsurgery.inspection.weight_files import (
-        builds_on_base,
-        networks_of,
-        open_networks,
-    )
+    from randsurgery.inspection.headers import bases_of, is_index
+    from randsurgery.inspection.weight_files import networks_of, open_networks
 
     opened: list[list[Network]] = []
     names = [file for file in files if not means_file(file)]
     if (any(v is not None for v in (drawn["init"], drawn["seed"])) or drawn["args"]) and not names:
         raise UsageError("--init, --seed and model arguments go with an architecture, not a file")
     plain = [file for file in files if file not in names and not is_pickled(file)]
-    based = [file for file in plain if builds_on_base(file)]
-    if base is not None and not based:
+    bases = {file: (not is_index(file) and bases_of(file)) or {} for file in plain}
+    if base is not None and not any(bases.values()):
         raise UsageError(f"no file builds on a base; leave {base} out")
     for file, title in zip(files, _titles(files), strict=True):
         if file in names:
             made, order = architecture(file, **drawn)
             opened.append(networks_of(made, title, order))
         elif file in plain:
-            tensors = _base(file, base) if values and file in based else None
+            refs = bases[file].values() if values else ()
+            tensors = given_base(file, base, refs) if refs else None
             opened.append(open_networks(file, stack, title, base=tensors, values=values))
         else:
             opened.append(_pickled(file, title))
@@ -291,19 +289,6 @@ def _titles(files: list[str]) -> list[str]:
         f"{name} ({longer[: i + 1].count(name)})" if longer.count(name) > 1 else name
         for i, name in enumerate(longer)
     ]
-
-
-def _base(file: str, base: str | None) -> Any:
-    """The base to give: a path, or the tensors of a .pth, which takes torch to be read."""
-    from randsurgery.format.checkpoint import is_safetensors
-    from randsurgery.inspection.verify import pickled_base
-
-    found = base or (str(beside) if (beside := pickled_base(file)) else None)
-    if found is None or is_safetensors(found):
-        return found
-    from randsurgery.surgery.bases import given_base
-
-    return given_base(found)
 
 
 def _pickled(file: str, title: str) -> list[Network]:

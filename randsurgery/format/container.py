@@ -29,6 +29,7 @@ from randsurgery.format.fields import MAX_PAYLOAD_NAME, check_tensor_name
 from randsurgery.format.tensors import (
     DTYPES,
     FOREIGN_BITS,
+    KNOWN_DTYPES,
     STORAGE,
     RawTensor,
     byte_count,
@@ -204,7 +205,7 @@ def _parse_info(key: str, value: Any, name: str) -> TensorInfo:
     if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
         raise FileFormatError(f"{name}: {key!r} must have dtype, shape, data_offsets, only these")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in (*DTYPES, *FOREIGN_BITS):
+    if not isinstance(dtype, str) or dtype not in KNOWN_DTYPES:
         raise FileFormatError(
             f"{name}: {key!r} has dtype {str(dtype)[:60]!r}, not one of {', '.join(DTYPES)}"
         )

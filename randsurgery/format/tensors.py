@@ -45,6 +45,7 @@ FOREIGN_BITS = {
 }  # fmt: skip
 """Bits an element of the dtypes that files of other programs have and ours never do: their sizes
 are told, their values not read."""
+KNOWN_DTYPES = frozenset((*DTYPES, *FOREIGN_BITS))
 
 RANDOM_DTYPES = ("F32", "F16", "BF16")
 """What a random, signs or hadamard source may be rounded to."""

@@ -15,12 +15,13 @@ from randsurgery.errors import FileFormatError
 from randsurgery.format.canonical import canonical_json, strict_json
 from randsurgery.format.checkpoint import (
     METADATA_KEY,
+    is_checkpoint,
     parse_recipe,
     payload_names,
 )
 from randsurgery.format.container import MAX_HEADER, Container, TensorInfo
 from randsurgery.format.rebuild import sentence
-from randsurgery.format.recipe import Member, Recipe
+from randsurgery.format.recipe import BaseRef, Member, Recipe
 from randsurgery.format.tensors import RawTensor, byte_count
 
 Kind = Literal["randsurgery", "safetensors", "sharded safetensors", "torch.save", "architecture"]
@@ -67,7 +68,7 @@ def read_header(path: str | os.PathLike[str]) -> Header:
         return _sharded(Path(path))
     with Container(path) as file:
         recipe = None
-        if METADATA_KEY in file.metadata:
+        if is_checkpoint(file):
             recipe = parse_recipe(file.metadata[METADATA_KEY], file.path.name)
             if missing := sorted(set(payload_names(recipe)) - set(file.infos)):
                 raise FileFormatError(f"{file.path.name}: payload {missing[0]!r} is missing")
@@ -80,6 +81,15 @@ def read_header(path: str | os.PathLike[str]) -> Header:
             metadata=file.metadata,
             recipe=recipe,
         )
+
+
+def bases_of(path: str | os.PathLike[str]) -> dict[str, BaseRef] | None:
+    """The bases that a file builds on, by the keys it gives them; None for a sound safetensors file
+    that is not one of randsurgery. Raises FileFormatError."""
+    with Container(path) as file:
+        if not is_checkpoint(file):
+            return None
+        return dict(parse_recipe(file.metadata[METADATA_KEY], file.path.name).bases)
 
 
 def header_of(path: str | os.PathLike[str], tensors: Mapping[str, RawTensor]) -> Header:
@@ -133,7 +143,7 @@ def open_shards(path: Path, stack: contextlib.ExitStack) -> dict[str, Container]
     found: dict[str, Container] = {}
     for part in sorted(set(places.values())):
         file = stack.enter_context(Container(path.parent / part))
-        if METADATA_KEY in file.metadata:
+        if is_checkpoint(file):
             raise FileFormatError(f"{path.name}: {part!r} is a file of randsurgery, no part")
         if twice := sorted(set(found) & set(file.infos)):
             raise FileFormatError(f"{path.name}: {twice[0]!r} lies in two parts")

@@ -10,7 +10,6 @@ from randsurgery.format.checkpoint import payload_names, read_checkpoint
 from randsurgery.format.container import Container
 from randsurgery.format.fields import SHARED
 from randsurgery.format.members import fault_of
-from randsurgery.format.recipe import Member
 from randsurgery.inspection.headers import MemberBytes, member_bytes
 from randsurgery.inspection.pictures import byte_unit, legible, save
 
@@ -76,7 +75,7 @@ def list_members(path: str | os.PathLike[str]) -> MembersReport:
                 **asdict(member_bytes(recipe, member, file.infos)),
                 classes=member.head.classes if member.head else None,
                 dataset=member.dataset.name if member.dataset else None,
-                accuracy=_accuracy(member),
+                accuracy=recorded_accuracy(member.provenance),
                 temperature=None
                 if member.calibration is None
                 else float.fromhex(member.calibration.temperature),
@@ -97,9 +96,9 @@ def list_members(path: str | os.PathLike[str]) -> MembersReport:
         )
 
 
-def _accuracy(member: Member) -> float | None:
+def recorded_accuracy(provenance: dict[str, Any]) -> float | None:
     """What training recorded last; provenance is free, so that anything may stand there."""
-    metrics = member.provenance.get("metrics")
+    metrics = provenance.get("metrics")
     found = metrics.get("test_accuracy") if isinstance(metrics, dict) else None
     return found if isinstance(found, float) and 0 <= found <= 1 else None
 

@@ -11,11 +11,9 @@ from typing import Any
 from randsurgery.errors import FileFormatError, IncompatibleError, UsageError
 from randsurgery.format.checkpoint import (
     Checkpoint,
-    is_checkpoint,
     is_safetensors,
     read_checkpoint,
 )
-from randsurgery.format.container import Container
 from randsurgery.format.rebuild import Payloads
 from randsurgery.format.writing import (
     Check,
@@ -61,14 +59,6 @@ class VerifyReport:
         if self.foreign:
             found["skipped"] = "not a file of randsurgery"
         return found
-
-
-def pickled_base(path: str | os.PathLike[str]) -> Path | None:
-    """The base that a file names, if it lies beside it and takes torch to be read."""
-    with read_checkpoint(path, need_bases=False) as checkpoint:
-        files = [ref.file for ref in checkpoint.recipe.bases.values() if ref.file is not None]
-    beside = (Path(path).parent / file for file in sorted(files) if not is_safetensors(file))
-    return next((file for file in beside if file.is_file()), None)
 
 
 def verify_file(
@@ -141,13 +131,3 @@ def _below(folder: Path) -> Iterator[Path]:
             # a pipe would never end; a broken link is a file that is missing
             if is_safetensors(path) and (path.is_file() or path.is_symlink()):
                 yield path
-
-
-def builds_on_base(path: str | os.PathLike[str]) -> bool | None:
-    """Whether a file needs a base; None for a sound safetensors file that is not one of
-    randsurgery. Raises FileFormatError."""
-    with Container(path) as file:
-        if not is_checkpoint(file):
-            return None
-    with read_checkpoint(path, need_bases=False) as checkpoint:
-        return bool(checkpoint.recipe.bases)

@@ -19,10 +19,8 @@ import numpy.typing as npt
 
 from randsurgery.errors import UsageError
 from randsurgery.format.checkpoint import (
-    METADATA_KEY,
     Checkpoint,
     is_checkpoint,
-    parse_recipe,
     read_checkpoint,
 )
 from randsurgery.format.container import Container
@@ -134,16 +132,6 @@ def open_networks(
     container.__exit__()
     found = stack.enter_context(read_checkpoint(path, base=base, need_bases=values))
     return networks_of(found, title)
-
-
-def builds_on_base(path: str | os.PathLike[str]) -> bool:
-    """True for a file of randsurgery that names a base. Raises FileFormatError."""
-    if is_index(path):
-        return False
-    with Container(path) as container:
-        if not is_checkpoint(container):
-            return False
-        return bool(parse_recipe(container.metadata[METADATA_KEY], container.path.name).bases)
 
 
 def networks_of(
