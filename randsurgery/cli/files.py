@@ -75,8 +75,8 @@ def read_by_torch(file: str) -> Any:
 
 def given_base(file: str, base: str | None, refs: Iterable[BaseRef]) -> Any:
     """The base to give to a file that builds on ``refs``: a path, or the tensors of a .pth, which
-    takes torch to be read. Without ``base`` a .pth that lies beside the file; None leaves what else
-    does to whoever opens the file."""
+    takes torch to be read. Without ``base``, a .pth that lies beside the file; else None, and
+    whoever opens the file looks for a safetensors base itself."""
     from randsurgery.format.checkpoint import is_safetensors
 
     names = sorted(ref.file for ref in refs if ref.file is not None)
