@@ -2,6 +2,7 @@
 but for what builds a network (``verify.check_architecture``).
 
 pictures  figures to files
+confusion  which classes are told right, what the others are taken for; the matrix to a file
 floats    tensors of any dtype as numbers
 grouping  names in order, by block, selected by pattern
 headers   what a file says of its tensors, whoever wrote it
