@@ -685,9 +685,9 @@ def test_data_that_is_missing_or_does_not_fit(net: Path, here: Path, tmp_path: P
     message = fails(5, "popup", "conv2", "--dataset", "torch/cifar10", "--data-dir", here)
     assert "--dataset-download" in message
     write_images(tmp_path / "flat", {"a": 2, "b": 2})
-    assert "no folder 'train'" in fails(5, "popup", "conv2", "--data-dir", tmp_path / "flat")
+    assert "no folder train/" in fails(5, "popup", "conv2", "--data-dir", tmp_path / "flat")
     many = tmp_path / "many"
-    write_images(many, {f"c{i:02}": 1 for i in range(12)})
+    write_images(many / "validation", {f"c{i:02}": 1 for i in range(12)})
     message = fails(5, "eval", net, "--data-dir", many)
     assert "'c00' is not one of the 10 known classes" in message
     message = fails(4, "popup", "conv2", "--num-classes", 5)

@@ -139,6 +139,7 @@ def test_commands_do_not_import_each_other() -> None:
         "cli.render",
         "cli.running",
         "cli.tables",
+        "cli.training",
         "cli.weight_tables",
     }
     for name in commands:
@@ -232,10 +233,11 @@ BORROWED = {
     "surgery.architectures.build_initialised",
     "surgery.bases.pretrained_base",
     "training.loop.fit",
-    "training.data._Seeded.__getitem__",
+    "training.augmentation.seeded",
+    "training.optimisation.check_settings",
 }
 # where Python's and NumPy's are: saved before and restored after, around timm's transforms
-LENT = {"training.data._Seeded.__getitem__"}
+LENT = {"training.augmentation.seeded"}
 # what a training step draws, as dropout does, from the generator that ``fit`` borrows
 SAMPLED = [("surgery.supermask.SupermaskScores.masked", "torch.rand_like")]
 DRAWS = re.compile(

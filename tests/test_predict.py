@@ -32,14 +32,14 @@ from randsurgery.jobs.inputs import DataOptions, look_for_file
 from randsurgery.surgery.modules import build
 from randsurgery.surgery.popup import Popup, attach
 from randsurgery.training import images as images_module
-from randsurgery.training.data import Resident
-from randsurgery.training.datasets import open_data, open_images
+from randsurgery.training.data import Data, Resident
+from randsurgery.training.datasets import folder_data, open_data, open_images
 from randsurgery.training.evaluate import evaluate
+from randsurgery.training.folders import read_folder
 from randsurgery.training.images import Failure, decode, find_images, suffixes
 from randsurgery.training.loop import fit
 from randsurgery.training.predict import Prediction, predict
 
-FOLDER = DatasetSpec(name="folder")
 NAMES = ("ant", "bee, wasp", 'a "cat"', "Köter")
 ONE = tuple(f"{what}_{rank}" for rank in range(1, 5) for what in ("class", "probability"))
 
@@ -92,7 +92,14 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     network(tmp_path / "net.safetensors", look())
     write_images(tmp_path / "images", {"ant": 3, "Köter": 3}, size=40)
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "validation").symlink_to("../images")
     return tmp_path
+
+
+def split_of(root: str, part: Any) -> Data:
+    folder = read_folder(root)
+    return folder_data(folder, part, look(), NAMES)
 
 
 # --- the figures ---------------------------------------------------------------------------------
@@ -143,12 +150,13 @@ class Kept(nn.Module):
 @pytest.mark.parametrize("workers", [0, 1])
 def test_images_by_path_get_the_very_logits_that_eval_gives_them(here: Path, workers: int) -> None:
     kept = Kept(rs.load("net.safetensors"))
-    folder = open_data(FOLDER, look(), "test", data_dir="images")
+    folder = split_of("set", "validation")
     evaluate(kept, folder, batch_size=6)
     expected = kept.taken()
     found = find_images(["images"])
-    assert sorted(found) == sorted(folder.paths)
-    order = [list(folder.paths).index(path) for path in found]
+    there = [path.replace("set/validation", "images") for path in folder.paths]
+    assert sorted(found) == sorted(there)
+    order = [there.index(path) for path in found]
     by_path = open_images(list(folder.paths), look(), workers=workers)
     list(predict(kept, by_path, batch_size=6))
     assert torch.equal(kept.taken(), expected)
@@ -186,8 +194,9 @@ def test_digits_as_files_and_as_a_dataset_are_the_same(here: Path) -> None:
 
 
 def test_a_folder_as_dataset_gives_paths_and_labels(here: Path) -> None:
-    found = rows(succeed("predict", "net.safetensors", "--data-dir", "images").stdout)
+    found = rows(succeed("predict", "net.safetensors", "--data-dir", "set").stdout)
     assert list(found[0]) == ["path", "class", "probability", *ONE, "label"]
+    found = [{**row, "path": row["path"].replace("set/validation", "images")} for row in found]
     assert {row["path"] for row in found} == set(find_images(["images"]))
     assert all(Path(row["path"]).parent.name == row["label"] for row in found)
     plain = rows(succeed("predict", "net.safetensors", "images").stdout)
@@ -416,14 +425,16 @@ def test_what_would_take_all_memory_is_refused_alone(here: Path) -> None:
 
 def test_eval_and_training_stop_at_an_image_that_cannot_be_read(broken: Path) -> None:
     """timm's own dataset would show the next image in its place."""
-    message = fails(5, "eval", "net.safetensors", "--data-dir", "images", "-j", 1)
-    assert "images/ant/0.png: cannot be read (image file is truncated" in message
-    result = run("predict", "net.safetensors", "--data-dir", "images")
+    message = fails(5, "eval", "net.safetensors", "--data-dir", "set", "-j", 1)
+    assert "3 images cannot be read: " in message
+    assert "set/validation/ant/0.png (image file is truncated" in message
+    assert "set/validation/ant/gone.png (No such file or directory)" in message
+    result = run("predict", "net.safetensors", "--data-dir", "set")
     assert result.exit_code == 5
     assert len(rows(result.stdout)) == 5
     (broken / "all").mkdir()
-    Path("images").rename("all/train")
-    data = open_data(FOLDER, look(), "train", data_dir="all")
+    Path("set/validation").rename("all/train")
+    data = split_of("all", "train")
     model = attach(build(conv2(num_classes=2)), Popup(k="0.5"))
     with pytest.raises(DataError, match="cannot be read"):
         fit(model, data, data, quick(batch_size=8))
@@ -468,7 +479,7 @@ def test_a_network_without_classes_or_of_odd_channels_is_refused(here: Path) -> 
     assert "no classifier" in fails(4, "predict", "headless.safetensors", "images", "-q")
     network(here / "four.safetensors", look(4), in_chans=4)
     for command in (["predict", "four.safetensors", "images"],
-                    ["eval", "four.safetensors", "--data-dir", "images"]):  # fmt: skip
+                    ["eval", "four.safetensors", "--data-dir", "set"]):  # fmt: skip
         assert "sees images of 4 channels" in fails(4, *command)
 
 

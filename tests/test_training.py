@@ -30,16 +30,17 @@ from randsurgery.format.specs import DatasetSpec, InputSpec
 from randsurgery.format.writing import write_checkpoint
 from randsurgery.surgery.modules import build, harvest
 from randsurgery.surgery.popup import Popup, attach
-from randsurgery.training import data as data_module
-from randsurgery.training.data import Data, Resident, augment, normalisation
-from randsurgery.training.datasets import open_data
+from randsurgery.training.augmentation import augment, moves
+from randsurgery.training.catalogue import DATASETS, input_for, recipe, recipe_name
+from randsurgery.training.data import Data, Resident, normalisation
+from randsurgery.training.datasets import folder_data, open_data
 from randsurgery.training.evaluate import evaluate
 from randsurgery.training.loop import Hooks, channels_last, fit, start
-from randsurgery.training.settings import TrainSettings, defaults_for, input_for
+from randsurgery.training.folders import read_folder
+from randsurgery.training.settings import TrainSettings
 from randsurgery.training.state import RunState, read_state, write_state
 
 DIGITS = DatasetSpec(name="digits")
-FOLDER = DatasetSpec(name="folder")
 
 
 def look(size: int = 32, channels: int = 3) -> InputSpec:
@@ -56,7 +57,7 @@ def digits(split: Any, **options: Any) -> Data:
 def few(count: int = 64, split: Any = "train") -> Resident:
     whole = digits(split)
     assert isinstance(whole, Resident)
-    return Resident(whole.images[:count], whole.labels[:count], whole.classes, whole.spec)
+    return Resident(whole.images[:count], whole.targets[:count], whole.classes, whole.spec)
 
 
 def popped(**options: Any) -> nn.Module:
@@ -70,11 +71,11 @@ def popped(**options: Any) -> nn.Module:
 def test_augmentation_equals_a_slow_twin(padding: int) -> None:
     draw = np.random.default_rng(0)
     images = torch.from_numpy(draw.integers(1, 256, (12, 3, 8, 7), dtype=np.uint8))
-    moves = draw.integers(0, 2 * padding + 1, (12, 3))
-    moves[:, 2] = draw.integers(0, 2, 12)
-    found = augment(images, torch.from_numpy(moves), padding)
-    assert moves[:, 2].any()
-    for image, (row, column, flip), out in zip(images.numpy(), moves, found.numpy(), strict=True):
+    drawn = draw.integers(0, 2 * padding + 1, (12, 3))
+    drawn[:, 2] = draw.integers(0, 2, 12)
+    found = augment(images, torch.from_numpy(drawn), padding)
+    assert drawn[:, 2].any()
+    for image, (row, column, flip), out in zip(images.numpy(), drawn, found.numpy(), strict=True):
         padded = np.zeros((3, 8 + 2 * padding, 7 + 2 * padding), dtype=np.uint8)
         padded[:, padding : padding + 8, padding : padding + 7] = image
         crop = padded[:, row : row + 8, column : column + 7]
@@ -160,12 +161,12 @@ def test_images_are_normalised_in_byte_units() -> None:
 
 
 def test_crops_and_flips_are_spread_evenly() -> None:
-    moves = data_module._augmentation(20_000, quick(crop_padding=2, hflip=True), 0)
+    drawn = moves(20_000, quick(crop_padding=2, hflip=True), 0)
     for column, high in ((0, 5), (1, 5), (2, 2)):
-        counts = torch.bincount(moves[:, column], minlength=high)
+        counts = torch.bincount(drawn[:, column], minlength=high)
         assert len(counts) == high
         assert int(counts.min()) > 20_000 / high * 0.9
-    assert not data_module._augmentation(100, quick(hflip=False), 0)[:, 2].any()
+    assert not moves(100, quick(hflip=False), 0)[:, 2].any()
 
 
 # --- data ----------------------------------------------------------------------------------------
@@ -178,7 +179,7 @@ def test_the_digits_split_is_fixed() -> None:
     assert (len(train), len(test)) == (1437, 360)
     assert train.images.shape[1:] == (3, 32, 32)
     assert train.classes == tuple("0123456789")
-    found = hashlib.sha256(torch.cat([train.labels, test.labels]).numpy().tobytes()).hexdigest()
+    found = hashlib.sha256(np.concatenate([train.labels, test.labels]).tobytes()).hexdigest()
     assert found[:16] == "8b3abe30dac121a4"
     pixels = hashlib.sha256(test.images.numpy().tobytes()).hexdigest()
     assert pixels[:16] == "24cf982c4616192e"
@@ -205,7 +206,6 @@ def test_digits_come_in_any_size_and_number_of_channels(size: int, channels: int
         ("torch/fashion_mnst", "near: torch/fashion_mnist"),
         ("tfds/mnist", "expected digits, torch/NAME"),
         ("torch/cifar10", "needs --data-dir"),
-        ("folder", "needs --data-dir"),
     ],
 )
 def test_unknown_datasets_are_named_with_near_ones(name: str, message: str) -> None:
@@ -253,8 +253,12 @@ def images(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def open_folder(root: Path, split: Any, workers: int = 0, **more: Any) -> Data:
-    return open_data(FOLDER, look(16), split, data_dir=str(root), workers=workers, **more)
+def open_folder(
+    root: Path, split: Any, workers: int = 0, classes: tuple[str, ...] | None = None
+) -> Data:
+    folder = read_folder(str(root))
+    part = "train" if split == "train" else "validation"
+    return folder_data(folder, part, look(16), classes or folder.classes, workers=workers)
 
 
 def test_a_folder_of_images_is_read_with_the_train_splits_labels(images: Path) -> None:
@@ -270,10 +274,10 @@ def test_a_folder_of_images_is_read_with_the_train_splits_labels(images: Path) -
 
 
 def test_a_folder_without_a_train_split_is_refused(images: Path) -> None:
-    with pytest.raises(DataError, match="no folder 'train'"):
+    with pytest.raises(DataError, match="train/"):
         open_folder(images / "val", "train")
     (images / "empty" / "train").mkdir(parents=True)
-    with pytest.raises(DataError, match="0 images"):
+    with pytest.raises(DataError, match="no images"):
         open_folder(images / "empty", "train")
 
 
@@ -319,7 +323,7 @@ def test_global_generators_are_neither_read_nor_set(images: Path) -> None:
         fit(attach(model, Popup(k="0.5")), source, test, quick(batch_size=8))
         return model.state_dict()
 
-    small = Resident(few().images[..., ::2, ::2], few().labels, few().classes, look(16))
+    small = Resident(few().images[..., ::2, ::2], few().targets, few().classes, look(16))
     folder = open_folder(images, "train")
     found = []
     for seed in (1, 2):
@@ -513,7 +517,7 @@ def test_settings_reach_the_run() -> None:
     assert torch.isfinite(plain).all()
     for change in (
         {"smoothing": 0.1}, {"clip_grad": 1e-3}, {"weight_decay": 0.5}, {"momentum": 0.1},
-        {"opt": "sgd"}, {"opt": "adamw", "lr": 0.01}, {"sched": "step", "warmup_epochs": 1},
+        {"opt": "sgd"}, {"opt": "adamw", "lr": 0.01}, {"sched": "step", "epochs": 2},
         {"sched": "constant"}, {"amp": True}, {"seed": 1}, {"lr": 0.05},
     ):  # fmt: skip
         changed = learned_scores(**change)
@@ -567,16 +571,20 @@ def test_evaluation_gives_shares_and_keeps_the_mode() -> None:
     assert model.training
     assert found.images == 50
     logits = torch.cat([model.eval()(images) for images, _ in few(50, "test").evaluation(7)])
-    right = float((logits.argmax(1) == few(50, "test").labels).double().mean())
+    right = float((logits.argmax(1) == few(50, "test").targets).double().mean())
     assert found.accuracy == pytest.approx(right)
     assert found.accuracy <= found.top5_accuracy <= 1
 
 
 def test_defaults_follow_the_dataset() -> None:
-    assert defaults_for("digits").batch_size == 32
-    assert defaults_for("torch/imagenet").lr == 0.256
-    assert defaults_for("torch/CIFAR10") == TrainSettings()
-    assert defaults_for("hfds/some/set") == TrainSettings()
+    defaults = {name: recipe(recipe_name(name)) for name in (*DATASETS, "torch/CIFAR10", "hfds/a")}
+    assert defaults["digits"].batch_size == 32
+    assert defaults["torch/imagenet"].lr == 0.256
+    assert defaults["torch/CIFAR10"] == TrainSettings()
+    assert defaults["hfds/a"] == recipe("folder") == TrainSettings(crop_padding=None)
+    assert {input_for(f"torch/{name}mnist", {}).size for name in ("", "k", "q")} == {(28, 28)}
+    with pytest.raises(UsageError, match="near: imagenet"):
+        recipe("imagnet")
     assert quick().updated(lr=None, epochs=7) == quick(epochs=7)
     assert "workers" not in quick().to_json()
     assert input_for("digits", {}).size == (32, 32)

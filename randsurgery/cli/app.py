@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator, Sequence
 from typing import Annotated
 
 import typer
@@ -74,10 +76,32 @@ app.add_typer(ensemble.app, name="ensemble")
 app.add_typer(inspect.app, name="inspect")
 
 
+SEVERAL = ("--decay-epochs", "--decay-milestones")
+"""Options that take numbers until the next option, as timm's do."""
+
+
+def spread(arguments: Sequence[str]) -> Iterator[str]:
+    """``--decay-epochs 15 30`` as the parser knows it: the option again before each number."""
+    option, values = "", 0
+    for at, argument in enumerate(arguments):
+        if argument == "--":
+            yield from arguments[at:]
+            return
+        if argument.startswith("-"):
+            option, values = argument, 0
+        elif option in SEVERAL and argument.isdecimal():
+            if values:
+                yield option
+            values += 1
+        else:
+            option = ""
+        yield argument
+
+
 def main() -> None:
     """Run the command line. What the parser refuses is one line, like every other error."""
     try:
-        code = app(standalone_mode=False)
+        code = app(list(spread(sys.argv[1:])), standalone_mode=False)
     except typer.Abort:
         raise SystemExit(common.INTERRUPTED) from None
     except Exception as error:

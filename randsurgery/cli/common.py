@@ -9,13 +9,17 @@ import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 from rich.console import Console
 from rich.text import Text
 
 from randsurgery.errors import OutputError, RandsurgeryError, UsageError, near
+
+if TYPE_CHECKING:
+    from randsurgery.jobs.inputs import Shown
+    from randsurgery.training.folders import Part
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -156,6 +160,28 @@ def _load_config(context: typer.Context, path: str | None) -> str | None:
         defaults[str(parameter.name)] = str(value) if isinstance(value, float) else value
     context.default_map = {**(context.default_map or {}), **defaults}
     return path
+
+
+def split_of(name: str) -> Part:
+    """The split that is asked for, under any of its names. Raises UsageError."""
+    from randsurgery.training.folders import SPLIT_NAMES
+
+    for part, names in SPLIT_NAMES.items():
+        if name.lower() in names:
+            return part
+    raise UsageError(
+        f"unknown --split {name!r}, expected test, validation or train" + near(name, SPLIT_NAMES)
+    )
+
+
+def say_shown(shown: Shown, fell_back: str, left_out: int) -> None:
+    """What there is to know of the images that a network was shown."""
+    if shown.fell_back:
+        note(f"no dataset given or recorded: {fell_back}")
+    if shown.told:
+        note(shown.told)
+    if left_out:
+        note(f"left out: {left_out:,} images that a temperature was fitted on")
 
 
 def parse_pairs(items: list[str], what: str) -> dict[str, bool | int | float | str | None]:
@@ -316,6 +342,40 @@ DataDir = Annotated[
         rich_help_panel=DATA,
     ),
 ]  # fmt: skip
+CropPct = Annotated[
+    float | None,
+    typer.Option(
+        "--crop-pct",
+        help="Evaluation: the share of the shorter side that is kept.",
+        rich_help_panel=DATA,
+    ),
+]
+Interpolation = Annotated[
+    str | None,
+    typer.Option(help="bicubic, bilinear or nearest.", rich_help_panel=DATA),
+]
+AnyClasses = Annotated[
+    bool,
+    typer.Option(
+        "--any-classes",
+        help="Take a dataset whose classes have other names than the file's, by their numbers.",
+        rich_help_panel=DATA,
+    ),
+]
+SkipBad = Annotated[
+    bool,
+    typer.Option(
+        "--skip-bad", help="Go on without images that cannot be read.", rich_help_panel=DATA
+    ),
+]
+Split = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME",
+        help="test, validation (a folder's, or what training held out) or train.",
+        rich_help_panel=DATA,
+    ),
+]
 Download = Annotated[
     bool,
     typer.Option("--dataset-download", help="Fetch the dataset if missing.", rich_help_panel=DATA),

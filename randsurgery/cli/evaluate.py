@@ -18,6 +18,12 @@ def evaluate(
     dataset: common.Dataset = None,
     data_dir: common.DataDir = None,
     dataset_download: common.Download = False,
+    split: common.Split = "test",
+    img_size: common.ImgSize = None,
+    crop_pct: common.CropPct = None,
+    interpolation: common.Interpolation = None,
+    any_classes: common.AnyClasses = False,
+    skip_bad: common.SkipBad = False,
     batch_size: common.BatchSize = None,
     workers: common.Workers = None,
     samples: Annotated[
@@ -28,8 +34,25 @@ def evaluate(
             rich_help_panel=common.DATA,
         ),
     ] = 0,
+    per_class: Annotated[
+        bool,
+        typer.Option(
+            "--per-class",
+            help="Also accuracy, precision and F1 of each class.",
+            rich_help_panel=common.OUTPUT,
+        ),
+    ] = False,
+    confusion: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="Which class is taken for which: .csv, .png, .svg, .pdf.",
+            rich_help_panel=common.OUTPUT,
+        ),
+    ] = None,
     amp: common.Amp = None,
     device: common.Device = "auto",
+    force: common.Force = False,
     json: common.Json = False,
     config: common.Config = None,
     quiet: common.Quiet = False,
@@ -37,10 +60,19 @@ def evaluate(
 ) -> None:
     """Accuracy and loss on the test split, with the preprocessing recorded in the file."""
     from randsurgery.cli import render
+    from randsurgery.format.container import check_not_input
+    from randsurgery.inspection import confusion as tables
     from randsurgery.jobs.evaluate import run_eval
     from randsurgery.jobs.inputs import DataOptions
 
-    data = DataOptions(dataset, data_dir, dataset_download)
+    target = None
+    if confusion is not None:
+        target = tables.check_target(confusion, force=force)
+        check_not_input(target, (file, base), option="--confusion")
+    data = DataOptions(
+        dataset, data_dir, dataset_download, img_size=img_size, crop_pct=crop_pct,
+        interpolation=interpolation, any_classes=any_classes, skip_bad=skip_bad,
+    )  # fmt: skip
     found = run_eval(
         file,
         data,
@@ -51,23 +83,33 @@ def evaluate(
         amp=bool(amp),
         device=device,
         samples=samples,
+        split=common.split_of(split),
     )
-    result = found.fixed
-    if found.fell_back:
-        note("no dataset given or recorded: evaluating on digits")
-    if found.left_out:
-        note(f"left out: {found.left_out:,} images that a temperature was fitted on")
+    result, shown = found.fixed, found.shown
+    common.say_shown(shown, "evaluating on digits", found.left_out)
+    rows = tables.per_class(result.labels, result.said, found.names) if per_class else []
+    words = render.SPLIT_WORDS[shown.split]
+    if target is not None:
+        counted = tables.confusion(result.labels, result.said, len(found.names))
+        tables.write_confusion(counted, found.names, target, split=words)
+        note(f"confusion: {target}")
     if json:
-        print_json({"file": file, **found.to_json()})
+        more = tables.to_json(rows) if rows else {}
+        print_json({"file": file, **found.to_json(), **more})
         return
-    rows = [
-        ("dataset", f"{found.dataset.name}, {result.images:,} test images"),
+    where = f" ({shown.data.where})" if shown.data.where else ""
+    pairs = [
+        ("dataset", f"{shown.dataset.name}, {result.images:,} {words}{where}"),
         ("accuracy", f"{result.accuracy:.4f}"),
         ("top-5 accuracy", f"{result.top5_accuracy:.4f}"),
         ("loss", f"{result.loss:.4f}"),
     ]
+    if rows:
+        pairs.append(("balanced accuracy", f"{tables.balanced_accuracy(rows):.4f}"))
     if found.samples:
-        rows.append(
+        pairs.append(
             (f"mean of {len(found.samples)} samples", f"{found.mean:.4f} ± {found.deviation:.4f}")
         )
-    render.show_pairs(rows)
+    render.show_pairs(pairs)
+    if rows:
+        render.show_classes(rows)

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from randsurgery.cli import common, options
+from randsurgery.cli import common, options, training
 from randsurgery.cli.common import MODEL, command, note, print_json
 
 LEARNED = "What is learned"
@@ -59,7 +59,7 @@ def freeze(
             rich_help_panel=LEARNED,
         ),
     ] = None,
-    head_scale: options.HeadScale = None,
+    head_scale: training.HeadScale = None,
     linear: Annotated[
         str,
         typer.Option(

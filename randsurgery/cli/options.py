@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_type_hints
 
 import typer
 
-from randsurgery.cli import common
-from randsurgery.cli.common import DATA, MODEL, OUTPUT, TRAINING
+from randsurgery.cli import common, training
+from randsurgery.cli.common import OUTPUT, TRAINING
 
 if TYPE_CHECKING:
     from randsurgery.jobs.runs import RunPlan
@@ -20,126 +20,68 @@ if TYPE_CHECKING:
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-Seed = Annotated[
-    int, typer.Option(min=0, help="Seed of order, augmentation, scores.", rich_help_panel=TRAINING)
-]
-InitSeed = Annotated[
-    int | None,
-    typer.Option(min=0, help="Seed of the weights; default: --seed.", rich_help_panel=MODEL),
-]
-Head = Annotated[
-    str | None,
-    typer.Option(
-        "--head",
-        metavar="KIND",
-        help="Fix the classifier: orthonormal or hadamard.",
-        rich_help_panel=MODEL,
-    ),
-]
-HeadScale = Annotated[
-    float | None,
-    typer.Option(help="A fixed classifier's scale; default: learned.", rich_help_panel=MODEL),
-]
-Epochs = Annotated[int | None, typer.Option(min=1, help="Epochs.", rich_help_panel=TRAINING)]
-Opt = Annotated[
-    str | None,
-    typer.Option(
-        help="timm's optimiser name; momentum is classical, sgd is Nesterov's.",
-        rich_help_panel=TRAINING,
-    ),
-]
-Rate = Annotated[float | None, typer.Option(help="Learning rate.", rich_help_panel=TRAINING)]
-WeightDecay = Annotated[
-    float | None,
-    typer.Option(
-        "--weight-decay", "--wd", help="On all that is learned.", rich_help_panel=TRAINING
-    ),
-]
-Momentum = Annotated[float | None, typer.Option(rich_help_panel=TRAINING)]
-Sched = Annotated[str | None, typer.Option(help="timm's schedule name.", rich_help_panel=TRAINING)]
-Warmup = Annotated[int | None, typer.Option(min=0, rich_help_panel=TRAINING)]
-Smoothing = Annotated[
-    float | None, typer.Option(min=0, max=1, help="Label smoothing.", rich_help_panel=TRAINING)
-]
-ClipGrad = Annotated[
-    float | None, typer.Option(min=0, help="Gradient norm bound.", rich_help_panel=TRAINING)
-]
-Crop = Annotated[
-    int | None,
-    typer.Option(min=0, help="Pixels of random crop (in-memory sets).", rich_help_panel=DATA),
-]
-Flip = Annotated[
-    bool | None,
-    typer.Option("--hflip/--no-hflip", help="Random horizontal flip.", rich_help_panel=DATA),
-]
-ChannelsLast = Annotated[bool | None, typer.Option("--channels-last", rich_help_panel=TRAINING)]
-Resume = Annotated[
-    str | None,
-    typer.Option(
-        metavar="PATH|auto",
-        help="Go on from a state; auto: from this job's own, if there is one.",
-        rich_help_panel=TRAINING,
-    ),
-]
-StateEvery = Annotated[
-    int,
-    typer.Option(
-        min=0,
-        metavar="STEPS",
-        help="Write the state every so many steps, too; 0: at epoch ends only.",
-        rich_help_panel=TRAINING,
-    ),
-]
-LogTo = Annotated[
-    list[str] | None,
-    typer.Option(help="Further records: tensorboard.", rich_help_panel=OUTPUT),
-]
-Plot = Annotated[
-    str | None,
-    typer.Option(metavar="FILE", help="Learning curves: .png, .svg, .pdf.", rich_help_panel=OUTPUT),
-]
-
-
 @dataclass(frozen=True)
 class RunOptions:
     """What every training command takes."""
 
-    seed: Seed = 0
+    seed: training.Seed = 0
     init: common.InitOption = None
-    init_seed: InitSeed = None
+    init_seed: training.InitSeed = None
     pretrained: common.Pretrained = False
     checkpoint: common.CheckpointOption = None
     base: common.BaseOption = None
     width: common.Width = None
     model_kwargs: common.ModelArgs = None
-    head: Head = None
-    head_scale: HeadScale = None
+    head: training.Head = None
+    head_scale: training.HeadScale = None
     dataset: common.Dataset = None
     data_dir: common.DataDir = None
     dataset_download: common.Download = False
     num_classes: common.NumClasses = None
     img_size: common.ImgSize = None
     in_chans: common.InChans = None
-    crop_padding: Crop = None
-    hflip: Flip = None
+    crop_pct: common.CropPct = None
+    interpolation: common.Interpolation = None
+    any_classes: common.AnyClasses = False
+    skip_bad: common.SkipBad = False
+    val_split: training.ValSplit = None
+    keep: training.Keep = None
+    patience: training.Patience = None
+    crop_padding: training.Crop = None
+    scale: training.Scale = None
+    ratio: training.Ratio = None
+    hflip: training.Flip = None
+    aa: training.AutoAugment = None
+    reprob: training.Erasing = None
+    mixup: training.Mixup = None
+    cutmix: training.CutMix = None
     workers: common.Workers = None
-    epochs: Epochs = None
+    recipe: training.Recipe = None
+    epochs: training.Epochs = None
     batch_size: common.BatchSize = None
-    opt: Opt = None
-    lr: Rate = None
-    weight_decay: WeightDecay = None
-    momentum: Momentum = None
-    sched: Sched = None
-    warmup_epochs: Warmup = None
-    smoothing: Smoothing = None
-    clip_grad: ClipGrad = None
+    opt: training.Opt = None
+    lr: training.Rate = None
+    weight_decay: training.WeightDecay = None
+    momentum: training.Momentum = None
+    sched: training.Sched = None
+    decay_epochs: training.DecayEpochs = None
+    decay_milestones: training.DecayMilestones = None
+    decay_rate: training.DecayRate = None
+    min_lr: training.MinRate = None
+    warmup_epochs: training.Warmup = None
+    warmup_lr: training.WarmupRate = None
+    smoothing: training.Smoothing = None
+    clip_grad: training.ClipGrad = None
+    class_weights: training.ClassWeights = None
+    model_ema: training.Ema = None
+    model_ema_decay: training.EmaDecay = None
     amp: common.Amp = None
-    channels_last: ChannelsLast = None
+    channels_last: training.ChannelsLast = None
     device: common.Device = "auto"
-    resume: Resume = None
-    state_every: StateEvery = 0
-    log_to: LogTo = None
-    plot: Plot = None
+    resume: training.Resume = None
+    state_every: training.StateEvery = 0
+    log_to: training.LogTo = None
+    plot: training.Plot = None
     output: common.Output = None
     force: common.Force = False
     dry_run: common.DryRun = False
@@ -150,8 +92,11 @@ class RunOptions:
 
 
 _OVERRIDES = (
-    "epochs", "batch_size", "opt", "lr", "weight_decay", "momentum", "sched", "warmup_epochs",
-    "smoothing", "clip_grad", "crop_padding", "hflip", "amp", "channels_last", "workers",
+    "epochs", "batch_size", "opt", "lr", "weight_decay", "momentum", "sched", "decay_epochs",
+    "decay_milestones", "decay_rate", "min_lr", "warmup_epochs", "warmup_lr", "smoothing",
+    "clip_grad", "class_weights", "model_ema", "model_ema_decay", "val_split", "keep", "patience",
+    "crop_padding", "scale", "ratio", "hflip", "aa", "reprob", "mixup", "cutmix", "amp",
+    "channels_last", "workers",
 )  # fmt: skip
 
 
@@ -209,13 +154,15 @@ def plan_of(source: str, run: RunOptions, scaled_for: Any = None) -> RunPlan:
     from randsurgery.jobs.runs import RunPlan
 
     data = DataOptions(
-        run.dataset, run.data_dir, run.dataset_download, run.num_classes, run.img_size, run.in_chans
-    )
+        run.dataset, run.data_dir, run.dataset_download, run.num_classes, run.img_size,
+        run.in_chans, run.crop_pct, run.interpolation, run.any_classes, run.skip_bad,
+    )  # fmt: skip
     kind, scale = head_of(run.head, run.head_scale)
     return RunPlan(
         source=source_of(source, run, scaled_for),
         data=data,
         overrides={name: getattr(run, name) for name in _OVERRIDES},
+        recipe=run.recipe,
         seed=run.seed,
         head=kind,
         head_scale=scale,

@@ -22,6 +22,7 @@ def predict(
     dataset: common.Dataset = None,
     data_dir: common.DataDir = None,
     dataset_download: common.Download = False,
+    any_classes: common.AnyClasses = False,
     batch_size: common.BatchSize = None,
     workers: common.Workers = None,
     amp: common.Amp = None,
@@ -47,7 +48,7 @@ def predict(
     plan = job.prepare(
         file,
         images or [],
-        DataOptions(dataset, data_dir, dataset_download),
+        DataOptions(dataset, data_dir, dataset_download, any_classes=any_classes),
         output,
         member=member,
         base=base,

@@ -15,6 +15,7 @@ from rich.table import Table
 from randsurgery.cli.common import clean, err, note, out, size, verbosity
 
 if TYPE_CHECKING:
+    from randsurgery.inspection.confusion import ClassRow
     from randsurgery.inspection.members import MembersReport
     from randsurgery.inspection.storage import StorageReport, TensorStorage
     from randsurgery.jobs.ensembles import Scored
@@ -105,7 +106,10 @@ def show_layers(layers: Sequence[LayerCount]) -> None:
 
 def show_members(report: MembersReport) -> None:
     """What each member adds, and what as many files of their own would take."""
-    columns = ["member", "adds", "dense", "classes", "dataset", "accuracy"]
+    splits = {row.accuracy_on for row in report.members if row.accuracy is not None} or {"test"}
+    one = splits.pop() if len(splits) == 1 else ""
+    tags = {name: "" if one else f" ({name})" for name in ("test", "validation")}
+    columns = ["member", "adds", "dense", "classes", "dataset", f"{one} accuracy".strip()]
     calibrated = any(row.temperature is not None for row in report.members)
     made = table(*columns, *["temperature"] * calibrated, right=(1, 2, 3, 5, 6))
     for row in report.members:
@@ -115,7 +119,7 @@ def show_members(report: MembersReport) -> None:
             size(row.dense_bytes),
             "" if row.classes is None else str(row.classes),
             clean(row.dataset or ""),
-            "" if row.accuracy is None else f"{row.accuracy:.4f}",
+            "" if row.accuracy is None else f"{row.accuracy:.4f}{tags[row.accuracy_on]}",
         )
         heat = "" if row.temperature is None else f"{row.temperature:.4f}"
         made.add_row(*cells, *[heat] * calibrated)
@@ -129,11 +133,20 @@ def show_members(report: MembersReport) -> None:
     console.print(f"as {apart}: {size(report.dense_bytes)}, {ratio:.1f}x as much")
 
 
+SPLIT_WORDS = {
+    "test": "test images", "validation": "validation images", "train": "training images"
+}  # fmt: skip
+
+
 def show_ensemble(found: Scored) -> None:
     """Each member's figures and the ensemble's, and the paper's row of them."""
     metrics, console = found.metrics, out()
     labelled = metrics.labelled > 0
-    console.print(f"{clean(found.dataset.name)}, {metrics.images:,} test images")
+    shown = found.shown
+    where = f" ({clean(shown.data.where)})" if shown.data.where else ""
+    console.print(
+        f"{clean(shown.dataset.name)}, {metrics.images:,} {SPLIT_WORDS[shown.split]}{where}"
+    )
     columns = ("", "accuracy", "NLL", "Brier", "ECE", "AURC", "entropy")
     made = table(*columns, right=tuple(range(1, 7)))
     rows = [*metrics.members.items()]
@@ -162,6 +175,23 @@ def show_ensemble(found: Scored) -> None:
             f"{100 * metrics.ensemble.accuracy:.2f}",
         )
         show(made)
+
+
+def show_classes(rows: Sequence[ClassRow]) -> None:
+    """Each class's figures."""
+
+    def figure(value: float | None) -> str:
+        return "" if value is None else f"{value:.4f}"
+
+    made = table(
+        "class", "images", "accuracy", "precision", "F1", "mistaken for", right=(1, 2, 3, 4)
+    )
+    for row in rows:
+        made.add_row(
+            clean(row.name), f"{row.images:,}", figure(row.accuracy), figure(row.precision),
+            figure(row.f1), clean(row.mistaken_for or ""),
+        )  # fmt: skip
+    show(made)
 
 
 def params(count: int) -> str:
@@ -207,12 +237,43 @@ def training_progress(epochs: int) -> Iterator[Hooks]:
         flips = f", {record['flipped']:.2%} of the mask flipped" if "flipped" in record else ""
         flips += f", {record['kept']:.1%} kept" if "kept" in record else ""
         note(
-            f"epoch {record['epoch']}/{epochs}: train loss {record['train_loss']:.3f}, "
-            f"test accuracy {record['test_accuracy']:.2%}{flips}"
+            f"epoch {record['epoch']}/{epochs}: train loss {record['train_loss']:.3f}"
+            f"{seen(record)}{flips}"
         )
 
+    def on_end(record: dict[str, Any]) -> None:
+        note(kept(record, epochs))
+
     with bar:
-        yield Hooks(on_epoch_start=on_epoch_start, on_step=on_step, on_epoch=on_epoch, on_note=note)
+        yield Hooks(
+            on_epoch_start=on_epoch_start, on_step=on_step, on_epoch=on_epoch, on_end=on_end,
+            on_note=note,
+        )  # fmt: skip
+
+
+def seen(record: dict[str, Any]) -> str:
+    """An epoch's accuracy, and on which images it is."""
+    which = "val" if "val_accuracy" in record else "test"
+    name = "validation" if which == "val" else which
+    found = record.get(f"{which}_accuracy")
+    return "" if found is None else f", {name} accuracy {found:.2%}"
+
+
+def kept(record: dict[str, Any], epochs: int) -> str:
+    """Which epoch was kept, and why the run ended."""
+    ran = record["epochs_run"]
+    early = f"stopped after {ran} of {epochs} epochs; " if ran < epochs else ""
+    why = "the best by validation accuracy" if record["kept"] == "best" else "the last"
+    return f"{early}kept: epoch {record['epoch']}, {why}"
+
+
+def final_accuracy(record: dict[str, Any]) -> str:
+    """The accuracy of what a job wrote: on the test images, if there are some."""
+    which = "test" if "test_accuracy" in record else "val"
+    if f"{which}_accuracy" not in record:
+        return "no test or validation images: no accuracy"
+    name = "test" if which == "test" else "validation"
+    return f"{name} accuracy {record[f'{which}_accuracy']:.2%}"
 
 
 @contextmanager
@@ -221,16 +282,18 @@ def stages_progress(epochs: int) -> Iterator[Callable[[str], Hooks]]:
     with training_progress(epochs) as hooks:
 
         def stage(name: str) -> Hooks:
-            return replace(hooks, on_epoch=lambda record: _said(name, record))
+            return replace(
+                hooks,
+                on_epoch=lambda record: note(
+                    f"{name}: epoch {record['epoch']}, train loss {record['train_loss']:.3f}"
+                    f"{seen(record)}"
+                ),
+                on_end=lambda record: note(
+                    f"{name}: {kept(record, epochs)}, {final_accuracy(record)}"
+                ),
+            )
 
         yield stage
-
-
-def _said(name: str, record: dict[str, Any]) -> None:
-    note(
-        f"{name}: epoch {record['epoch']}, train loss {record['train_loss']:.3f}, test accuracy "
-        f"{record['test_accuracy']:.2%}"
-    )
 
 
 @contextmanager

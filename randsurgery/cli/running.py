@@ -61,4 +61,4 @@ def _work(job: Prepared, run: RunOptions, work: Callable[[Hooks], Result]) -> No
     note(f"metrics: {result.metrics_path}")
     if run.plot is not None:
         note(f"learning curves: {run.plot}")
-    common.out().print(f"test accuracy {last['test_accuracy']:.2%}")
+    common.out().print(render.final_accuracy(last))

@@ -314,13 +314,13 @@ def _input(seen: dict[str, Any]) -> str:
 def _in_short(view: MemberView) -> str:
     from randsurgery.inspection.members import recorded_accuracy
 
-    accuracy = recorded_accuracy(view.provenance)
+    accuracy, images = recorded_accuracy(view.provenance)
     learned = _told_learned(view.learned, view.masked, view.planned)
     parts = [
         f"{view.head['classes']:,} classes" if view.head else "",
         str(view.dataset["name"]) if view.dataset else "",
         "nothing learned" if learned == "nothing" else learned,
-        "" if accuracy is None else f"accuracy {accuracy:.4f}",
+        "" if accuracy is None else f"{images} accuracy {accuracy:.4f}",
     ]
     return clip(", ".join(part for part in parts if part) or "says nothing of itself", 64)
 
@@ -348,8 +348,12 @@ def _provenance(found: dict[str, Any]) -> list[tuple[str, str]]:
         how = f" with {', '.join(told)}" if told else ""
         facts.append(("made by", clip(clip(found["command"], 24) + how, 66)))
     scored = [
-        f"{name.replace('_', ' ')} {metrics[name]:.4f}"
-        for name in ("test_accuracy", "test_loss")
+        f"{words} {metrics[name]:.4f}"
+        for name, words in (
+            ("test_accuracy", "test accuracy"),
+            ("test_loss", "test loss"),
+            ("val_accuracy", "validation accuracy"),
+        )
         if isinstance(metrics.get(name), float)
     ]
     if scored:

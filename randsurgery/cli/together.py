@@ -18,7 +18,7 @@ def _plan(
     file: str,
     member: list[str] | None,
     base: str | None,
-    data: tuple[str | None, str | None, bool],
+    data: tuple[str | None, str | None, bool, bool, bool],
     batch_size: int | None,
     workers: int | None,
     amp: bool | None,
@@ -29,7 +29,7 @@ def _plan(
 
     return EvalPlan(
         file,
-        DataOptions(*data),
+        DataOptions(*data[:3], any_classes=data[3], skip_bad=data[4]),
         tuple(member) if member else None,
         base,
         batch_size=batch_size or 256,
@@ -47,6 +47,9 @@ def evaluate(
     dataset: common.Dataset = None,
     data_dir: common.DataDir = None,
     dataset_download: common.Download = False,
+    split: common.Split = "test",
+    any_classes: common.AnyClasses = False,
+    skip_bad: common.SkipBad = False,
     ood: Annotated[
         str | None,
         typer.Option(
@@ -82,16 +85,15 @@ def evaluate(
     from randsurgery.jobs.ensembles import run_eval
     from randsurgery.jobs.inputs import DataOptions
 
-    data = (dataset, data_dir, dataset_download)
+    data = (dataset, data_dir, dataset_download, any_classes, skip_bad)
     plan = _plan(file, member, base, data, batch_size, workers, amp, device)
     far = DataOptions(ood, ood_dir, dataset_download) if ood or ood_dir else None
-    plan = replace(plan, engine=engine, ood=far)
+    plan = replace(plan, engine=engine, ood=far, split=common.split_of(split))
     with render.image_progress(None) as advance:
         found = run_eval(plan, advance)
-    if found.fell_back:
-        note("no dataset given or recorded: evaluating on digits")
-    if found.left_out:
-        note(f"left out: {found.left_out:,} images that a temperature was fitted on")
+    common.say_shown(found.shown, "evaluating on digits", found.left_out)
+    if found.ood_told:
+        note(found.ood_told)
     if json:
         print_json({"file": file, **found.to_json()})
     else:
@@ -103,17 +105,20 @@ def calibrate(
     file: File,
     member: Members = None,
     share: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help="The part of the test split to fit on; eval then leaves it out.",
+            help="The part of the images to fit on. Default: all validation images that training "
+            "had, else 0.2 of the test images, which eval then leaves out.",
             rich_help_panel=ENSEMBLE,
         ),
-    ] = "0.2",
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Which images.", rich_help_panel=ENSEMBLE)] = 0,
     base: common.BaseOption = None,
     dataset: common.Dataset = None,
     data_dir: common.DataDir = None,
     dataset_download: common.Download = False,
+    any_classes: common.AnyClasses = False,
+    skip_bad: common.SkipBad = False,
     batch_size: common.BatchSize = None,
     workers: common.Workers = None,
     amp: common.Amp = None,
@@ -135,7 +140,7 @@ def calibrate(
     from randsurgery.cli import render
     from randsurgery.jobs.ensembles import run_calibrate
 
-    data = (dataset, data_dir, dataset_download)
+    data = (dataset, data_dir, dataset_download, any_classes, skip_bad)
     plan = _plan(file, member, base, data, batch_size, workers, amp, device)
     with render.image_progress(None) as advance:
         found = run_calibrate(
@@ -146,13 +151,15 @@ def calibrate(
         return
     rows = [
         ("temperature", f"{found.temperature:.4f}"),
-        ("fitted on", f"{found.images:,} test images"),
+        ("fitted on", f"{found.images:,} {render.SPLIT_WORDS[found.split]}"),
         ("NLL there", f"{found.before:.4f} before, {found.after:.4f} after"),
     ]
     if found.held_out_before is not None and found.held_out_after is not None:
         words = f"{found.held_out_before:.4f} before, {found.held_out_after:.4f} after"
         rows.append((f"of {found.held_out:,} others", words))
     render.show_pairs(rows)
+    if found.split == "test":
+        note("training kept no validation images apart: eval leaves these test images out")
     if (found.held_out_after or 0) > (found.held_out_before or 0):
         note("it does not carry over to the other images; fit on more of them (--share)")
     note(f"written and verified: {found.path}")
@@ -169,6 +176,7 @@ def predict(
     dataset: common.Dataset = None,
     data_dir: common.DataDir = None,
     dataset_download: common.Download = False,
+    any_classes: common.AnyClasses = False,
     batch_size: common.BatchSize = None,
     workers: common.Workers = None,
     engine: EngineOption = "auto",
@@ -195,7 +203,7 @@ def predict(
     plan = job.prepare(
         file,
         images or [],
-        DataOptions(dataset, data_dir, dataset_download),
+        DataOptions(dataset, data_dir, dataset_download, any_classes=any_classes),
         output,
         together=job.Together(tuple(member) if member else None, engine),
         base=base,

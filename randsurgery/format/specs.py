@@ -56,6 +56,7 @@ class HeadSpec(Model):
 
 
 CropMode = Literal["center", "squash", "border"]
+Interpolation = Literal["nearest", "bilinear", "bicubic"]
 
 
 class InputSpec(Model):
@@ -65,7 +66,7 @@ class InputSpec(Model):
     channels: Count
     mean: tuple[HexFloat, ...]  # a channel, for values in [0, 1]
     std: tuple[HexFloat, ...]
-    interpolation: Literal["nearest", "bilinear", "bicubic"] = "bicubic"
+    interpolation: Interpolation = "bicubic"
     crop: HexFloat = (1.0).hex()  # share of the shorter side that is kept
     crop_mode: CropMode = "center"  # timm's
 

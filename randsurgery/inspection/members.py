@@ -23,7 +23,8 @@ class MemberRow(MemberBytes):
 
     classes: int | None
     dataset: str | None
-    accuracy: float | None  # on the test split, at the end of training
+    accuracy: float | None  # at the end of training
+    accuracy_on: str  # "test" or "validation": the images that it is of
     temperature: float | None
     fault: str | None = None
 
@@ -75,7 +76,8 @@ def list_members(path: str | os.PathLike[str]) -> MembersReport:
                 **asdict(member_bytes(recipe, member, file.infos)),
                 classes=member.head.classes if member.head else None,
                 dataset=member.dataset.name if member.dataset else None,
-                accuracy=recorded_accuracy(member.provenance),
+                accuracy=(measured := recorded_accuracy(member.provenance))[0],
+                accuracy_on=measured[1],
                 temperature=None
                 if member.calibration is None
                 else float.fromhex(member.calibration.temperature),
@@ -96,11 +98,15 @@ def list_members(path: str | os.PathLike[str]) -> MembersReport:
         )
 
 
-def recorded_accuracy(provenance: dict[str, Any]) -> float | None:
-    """What training recorded last; provenance is free, so that anything may stand there."""
+def recorded_accuracy(provenance: dict[str, Any]) -> tuple[float | None, str]:
+    """What training recorded of what it kept, and on which images: test, else validation.
+    Provenance is free, so that anything may stand there."""
     metrics = provenance.get("metrics")
-    found = metrics.get("test_accuracy") if isinstance(metrics, dict) else None
-    return found if isinstance(found, float) and 0 <= found <= 1 else None
+    for key, images in (("test_accuracy", "test"), ("val_accuracy", "validation")):
+        found = metrics.get(key) if isinstance(metrics, dict) else None
+        if isinstance(found, float) and 0 <= found <= 1:
+            return found, images
+    return None, "test"
 
 
 MOST = 20

@@ -7,7 +7,9 @@ Modules import only those above them in this list:
 
     hub       files from the Hugging Face Hub
     sources   where a network comes from: an architecture, dense weights, a file
-    inputs    which images it sees: dataset, preprocessing, device
+    splits    which images it sees: splits, what is held out of them, their classes
+    inputs    how it sees them: dataset, preprocessing, device
+    settling  the settings of training: defaults under what was given
     records   what is written beside the weights: provenance, metrics, downloaded bases
     runs      what all training jobs share
     onnx      a network as an ONNX file

@@ -26,6 +26,7 @@ from randsurgery.format.writing import write_checkpoint
 from randsurgery.jobs import parts, runs
 from randsurgery.jobs.records import keep_base, metrics_path, write_settings
 from randsurgery.jobs.runs import Prepared, RunPlan, Technique
+from randsurgery.jobs.settling import training_options
 from randsurgery.jobs.sources import flatten, in_memory
 from randsurgery.surgery import popup
 from randsurgery.surgery.ensembles import joined
@@ -41,7 +42,8 @@ from randsurgery.surgery.plans import (
 )
 from randsurgery.surgery.popup import Popup
 from randsurgery.surgery.scores import resolve
-from randsurgery.training.loop import Hooks, Record, check_settings
+from randsurgery.training.loop import Hooks, Record
+from randsurgery.training.optimisation import check_settings
 from randsurgery.training.settings import TrainSettings
 
 Kind = Literal["fc", "share", "full", "popup", "plan"]
@@ -131,7 +133,8 @@ def prepare_build(plan: BuildPlan) -> PreparedBuild:
         raise UsageError(f"--resume {resumes}: a build is resumed by auto, from its own parts")
     label = f"ensemble-{plan.kind or 'plan'}"
     with runs.closing_on_error() as stack:
-        job = runs.prepare(replace(plan.run, resume=None), stack, label, flat=False)
+        run = replace(plan.run, resume=None, learns="masks" if plan.kind == "popup" else "weights")
+        job = runs.prepare(run, stack, label, flat=False)
         parts.check_folder(
             parts.parts_folder(job.output), resume=plan.run.resume is not None, force=plan.run.force
         )
@@ -148,7 +151,7 @@ def prepare_build(plan: BuildPlan) -> PreparedBuild:
         each, total = _sizes(plan, start, shell)
         if plan.warmup:
             _check_whole(learned)
-            check_settings(replace(job.settings, epochs=plan.warmup))
+            check_settings(_of_start(job.settings, plan.warmup))
         settings = _settings(plan, kind)
     return PreparedBuild(plan, replace(job, checkpoint=start), kind, learned, each, total, settings)
 
@@ -278,6 +281,15 @@ def run_build(job: PreparedBuild, hooks: Callable[[str], Hooks]) -> Built:
     return Built(output, size, records)
 
 
+def _of_start(settings: TrainSettings, epochs: int) -> TrainSettings:
+    """The settings under which the shared start is trained, to its last epoch."""
+    warmup = min(settings.warmup_epochs, epochs // 2)
+    return replace(
+        settings, epochs=epochs, decay_milestones=(), warmup_epochs=warmup, keep="last",
+        patience=None,
+    )  # fmt: skip
+
+
 def _stage(job: PreparedBuild, start: Prepared, path: Path, settings: TrainSettings) -> Prepared:
     """A training job of its own, that goes on from its state if it was stopped."""
     run = replace(start.plan, resume="auto", force=True, plot=None, log_to=())
@@ -296,7 +308,7 @@ def _warmed(
     path, begin = folder / f"{START}.safetensors", job.job
     all_of_it = with_plan(begin.checkpoint, everything(meta_module(begin.checkpoint)))
     if not done:
-        settings = replace(begin.settings, epochs=job.plan.warmup)
+        settings = _of_start(begin.settings, job.plan.warmup)
         stage = replace(_stage(job, begin, path, settings), checkpoint=all_of_it)
         runs.carry_out(stage, _technique(job, lambda model: learn_plan(model, all_of_it)), hooks)
     warm = flatten(_read_part(path, begin, stack))
@@ -353,7 +365,7 @@ def _write_records(job: PreparedBuild, folder: Path) -> dict[str, Record]:
     write_atomically(metrics_path(output), iter(["".join(lines).encode()]))
     options = {
         **job.settings,
-        **job.job.settings.to_json(),
+        **training_options(job.job.settings),
         **runs.options(job.job.plan),
         "kind": None if job.kind == "plan" else job.kind,
         "warmup_epochs": job.plan.warmup,  # the option's name

@@ -22,14 +22,16 @@ from randsurgery.format.writing import write_checkpoint
 from randsurgery.jobs.hub import local_file
 from randsurgery.jobs.inputs import (
     DataOptions,
+    Shown,
     calibration_images,
     look_for_file,
-    open_test_split,
-    opener,
+    open_split,
     pick_device,
+    resolve_dataset,
     unfitted,
 )
 from randsurgery.jobs.members import in_place
+from randsurgery.jobs.splits import held_out, open_outside
 from randsurgery.surgery.bases import open_checkpoint
 from randsurgery.surgery.ensembles import (
     Engine,
@@ -41,8 +43,9 @@ from randsurgery.surgery.ensembles import (
 from randsurgery.surgery.learning import survivor_counts
 from randsurgery.surgery.modules import meta_module
 from randsurgery.surgery.plans import count_layers, learned_size
-from randsurgery.training.data import Data
+from randsurgery.training.data import Data, check_labelled
 from randsurgery.training.evaluate import outputs
+from randsurgery.training.folders import Part
 from randsurgery.training.temperature import fit_temperature, mean_nll
 from randsurgery.training.uncertainty import (
     EnsembleMetrics,
@@ -71,6 +74,7 @@ class EvalPlan:
     workers: int = 0
     amp: bool = False
     device: str = "auto"
+    split: Part = "test"
 
 
 @dataclass(frozen=True)
@@ -79,8 +83,7 @@ class Scored:
     well each uncertainty tells the second dataset's images apart. ``kind``, ``learned``: what the
     members learned and how many parameters together, as in the paper's Table 4."""
 
-    dataset: DatasetSpec
-    fell_back: bool  # on digits: no dataset was given or recorded
+    shown: Shown
     metrics: EnsembleMetrics
     engine: str
     temperatures: dict[str, float]
@@ -89,11 +92,13 @@ class Scored:
     left_out: int = 0
     ood: dict[str, Separation] = field(default_factory=dict)
     ood_dataset: str | None = None
+    ood_told: str = ""  # what was found there
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
         found: dict[str, Any] = {
-            "dataset": self.dataset.name,
+            "dataset": self.shown.dataset.name,
+            "split": self.shown.split,
             "kind": self.kind,
             "learned": self.learned,
             "engine": self.engine,
@@ -117,10 +122,14 @@ def run_eval(plan: EvalPlan, on_batch: Callable[[int], None] | None = None) -> S
     with _opened(plan) as checkpoint:
         chosen = members_named(checkpoint, plan.members)
         ensemble = _ensemble(checkpoint, plan)
-        data, dataset, fell_back = _data(checkpoint, chosen[0], plan)
-        other = None if plan.ood is None else _other(checkpoint, chosen[0], plan.ood, plan)
+        shown = _shown(checkpoint, chosen[0], plan, plan.split)
+        data = shown.data
+        check_labelled(data)
+        other, told = None, ""
+        if plan.ood is not None:
+            other, told = _other(checkpoint, chosen[0], plan.ood, plan)
         engine = _engine(ensemble, data, asked)
-        kept = unfitted(len(data), dataset, chosen)
+        kept = unfitted(shown, chosen)
         found = _tally(ensemble, engine, data, plan, kept, on_batch)
         apart: dict[str, Separation] = {}
         if other is not None:
@@ -128,8 +137,7 @@ def run_eval(plan: EvalPlan, on_batch: Callable[[int], None] | None = None) -> S
             apart = _apart(found, far)
         learned = sum(learned_parameters(checkpoint, member) for member in chosen)
     return Scored(
-        dataset,
-        fell_back,
+        shown,
         found.metrics,
         engine,
         {member.name: temperature(member) for member in chosen},
@@ -138,6 +146,7 @@ def run_eval(plan: EvalPlan, on_batch: Callable[[int], None] | None = None) -> S
         0 if kept is None else int(np.count_nonzero(~kept)),
         apart,
         None if plan.ood is None else plan.ood.dataset or "folder",
+        told,
     )
 
 
@@ -189,20 +198,22 @@ def _ensemble(checkpoint: Checkpoint, plan: EvalPlan) -> Ensemble:
     return Ensemble(checkpoint, plan.members).to(where)
 
 
-def _data(checkpoint: Checkpoint, member: Member, plan: EvalPlan) -> tuple[Data, DatasetSpec, bool]:
+def _shown(checkpoint: Checkpoint, member: Member, plan: EvalPlan, part: Part) -> Shown:
     where = pick_device(plan.device)
-    return open_test_split(checkpoint, member, plan.data, where, plan.workers)
+    return open_split(checkpoint, member, plan.data, where, plan.workers, part)
 
 
-def _other(checkpoint: Checkpoint, member: Member, options: DataOptions, plan: EvalPlan) -> Data:
-    """The second dataset's test split, shown as the member expects; its classes do not matter."""
+def _other(
+    checkpoint: Checkpoint, member: Member, options: DataOptions, plan: EvalPlan
+) -> tuple[Data, str]:
+    """The second dataset's images, shown as the member expects, and what was found; their classes
+    do not matter."""
     name = options.dataset or ("folder" if options.data_dir else None)
     if name is None:
         raise UsageError("--ood needs a dataset, or --ood-dir a folder of images")
-    spec = DatasetSpec(name=name)
     look = look_for_file(checkpoint.recipe, member, name, options)
     where = pick_device(plan.device)
-    return opener(spec, look, options, where, plan.workers)("test", None)
+    return open_outside(options.request(DatasetSpec(name=name), look, where, plan.workers, None))
 
 
 def _engine(ensemble: Ensemble, data: Data, asked: Engine) -> Engine:
@@ -279,6 +290,7 @@ class Calibrated:
     path: Path
     bytes: int
     temperature: float
+    split: Part
     images: int
     before: float
     after: float
@@ -287,25 +299,53 @@ class Calibrated:
     held_out_after: float | None
 
 
+HELD_OUT_SPLIT = "validation images of training"
+"""The split that a temperature was fitted on, where that is no split of the dataset's own."""
+
+
+def _is_share(text: str) -> bool:
+    return bool(re.fullmatch(r"0\.[0-9]{1,17}|1", text)) and float(text) > 0
+
+
+def validated_alike(members: Sequence[Member], options: DataOptions) -> bool:
+    """True if all members' training kept the same validation images apart, of the dataset that is
+    asked for."""
+    facts = set()
+    for member in members:
+        told = member.provenance.get("data")
+        dataset, _ = resolve_dataset(options.dataset, options.data_dir, member.dataset)
+        if not isinstance(told, dict) or "validation_images" not in told or not member.dataset:
+            return False
+        if dataset.name != member.dataset.name:
+            return False
+        facts.add((member.dataset.name, held_out(member), str(told["validation_images"])))
+    return len(facts) == 1
+
+
 def run_calibrate(
     plan: EvalPlan,
     *,
-    share: str = "0.2",
+    share: str | None = None,
     seed: int = 0,
     output: str | None = None,
     force: bool = False,
     on_batch: Callable[[int], None] | None = None,
 ) -> Calibrated:
-    """Fit one temperature for all members on a share of the test split, and write it into the file,
-    or into ``output``. ``eval`` leaves these images out. Raises as ``run_eval`` does; the file is
-    then untouched."""
-    if not re.fullmatch(r"0\.[0-9]{1,17}|1", share) or not float(share):
+    """Fit one temperature for all members, and write it into the file, or into ``output``: to the
+    validation images, if their training had some and all had the same; else to a share of the test
+    split, which ``eval`` then leaves out. ``share``: of these images; all, or 0.2. Raises as
+    ``run_eval`` does; the file is then untouched."""
+    if share is not None and not _is_share(share):
         raise UsageError(f"--share must be a decimal above 0, up to 1, found {share!r}")
     target = in_place(plan.file, output, force=force)
     with _opened(plan) as checkpoint:
         chosen = members_named(checkpoint, plan.members)
         ensemble = _ensemble(checkpoint, plan)
-        data, dataset, _ = _data(checkpoint, chosen[0], plan)
+        part: Part = "validation" if validated_alike(chosen, plan.data) else "test"
+        share = share or ("1" if part == "validation" else "0.2")
+        shown = _shown(checkpoint, chosen[0], plan, part)
+        data, dataset = shown.data, shown.dataset
+        check_labelled(data)
         used = calibration_images(len(data), share, seed)
         found = list(_logits(ensemble, "switch", data, plan, on_batch))
         every, labels = [logits for _, logits, _ in found], found[0][2]
@@ -314,7 +354,7 @@ def run_calibrate(
         about = Calibration(
             temperature=hex_float(best),
             dataset=dataset.name,
-            split=dataset.test_split,
+            split=dataset.test_split if part == "test" else HELD_OUT_SPLIT,
             share=share,
             seed=seed,
         )
@@ -328,4 +368,4 @@ def run_calibrate(
     rest = np.setdiff1d(np.arange(len(labels)), used)
     others = [one[rest] for one in every]
     held = [mean_nll(others, labels[rest], one) for one in (1.0, best)] if len(rest) else [None] * 2
-    return Calibrated(target, size, best, len(used), before, after, len(rest), *held)
+    return Calibrated(target, size, best, part, len(used), before, after, len(rest), *held)

@@ -6,14 +6,14 @@ import statistics
 from dataclasses import dataclass
 from typing import Any
 
-from randsurgery.format.specs import DatasetSpec
 from randsurgery.jobs.hub import local_file
-from randsurgery.jobs.inputs import DataOptions, open_test_split, pick_device, unfitted
+from randsurgery.jobs.inputs import DataOptions, Shown, open_split, pick_device, unfitted
 from randsurgery.surgery.bases import open_checkpoint
 from randsurgery.surgery.ensembles import temperature
 from randsurgery.surgery.modules import build
 from randsurgery.surgery.supermask import Sampler
 from randsurgery.training.evaluate import Evaluation, evaluate
+from randsurgery.training.folders import Part
 
 
 @dataclass(frozen=True)
@@ -21,9 +21,9 @@ class Report:
     """What ``eval`` found. ``fixed``: the file as it stands. ``samples``: of sampled masks, one
     evaluation each (Zhou et al.)."""
 
-    dataset: DatasetSpec
-    fell_back: bool  # on digits: no dataset was given or recorded
+    shown: Shown
     fixed: Evaluation
+    names: tuple[str, ...] = ()  # of the classes
     samples: tuple[Evaluation, ...] = ()
     left_out: int = 0  # images that the member's temperature was fitted on
 
@@ -41,7 +41,13 @@ class Report:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
-        found = {"dataset": self.dataset.name, **self.fixed.to_json()}
+        found: dict[str, Any] = {
+            "dataset": self.shown.dataset.name,
+            "split": self.shown.split,
+            **({"from": self.shown.data.where} if self.shown.data.where else {}),
+            **({"skipped": self.shown.data.skipped} if self.shown.data.skipped else {}),
+            **self.fixed.to_json(),
+        }
         if not self.samples:
             return found
         sampled = {
@@ -64,25 +70,30 @@ def run_eval(
     amp: bool = False,
     device: str = "auto",
     samples: int = 0,
+    split: Part = "test",
 ) -> Report:
-    """Evaluate one member of a file on a test split, with its recorded preprocessing; with
+    """Evaluate one member of a file on a split, with its recorded preprocessing; with
     ``samples``, as many sampled masks, too, from seeds 0, 1, ..."""
     where, file = pick_device(device), local_file(file)
     with open_checkpoint(file, base) as checkpoint:
         who = checkpoint.member(member)
-        data, dataset, fell_back = open_test_split(checkpoint, who, options, where, workers)
+        shown = open_split(checkpoint, who, options, where, workers, split)
         sampler = Sampler(checkpoint, who.name) if samples else None
         model = build(checkpoint, who.name).to(where)
     how: dict[str, Any] = {
         "batch_size": batch_size,
         "amp": amp,
         "temperature": temperature(who),
-        "chosen": unfitted(len(data), dataset, [who]),
+        "chosen": unfitted(shown, [who]),
     }
+    data = shown.data
     fixed = evaluate(model, data, **how)
     found = []
     for seed in range(samples):
         assert sampler is not None
         sampler.put(model, seed)
         found.append(evaluate(model, data, **how))
-    return Report(dataset, fell_back, fixed, tuple(found), len(data) - fixed.images)
+    classes = who.head.classes if who.head else 0
+    names = who.classes or data.classes
+    names = names if len(names) >= classes else tuple(str(label) for label in range(classes))
+    return Report(shown, fixed, names, tuple(found), len(data) - fixed.images)

@@ -80,7 +80,7 @@ def prepare_freeze(plan: FreezePlan) -> PreparedFreeze:
     plan.wish.check()
     if plan.zero and not plan.wish.slices:
         raise UsageError("--fill zero goes with --fraction or --count")
-    source = resolve_source(plan.source)
+    source = resolve_source(plan.source, init="kaiming-normal")
     seed = source.seed or 0
     if source.is_file and plan.head is not None:
         source = replace(source, seed=None)  # it is that of the classifier's rows alone

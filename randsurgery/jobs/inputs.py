@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -16,11 +16,12 @@ from randsurgery.format.generator import permutation
 from randsurgery.format.recipe import Member, Recipe
 from randsurgery.format.specs import DatasetSpec, InputSpec, ModelSpec
 from randsurgery.jobs.sources import SourceSpec, architecture_name
+from randsurgery.jobs.splits import Request, check_classes, open_for_evaluation
 from randsurgery.surgery.architectures import ArgValue, build_meta, check_name, spec_of
 from randsurgery.surgery.initialisers import parse_fraction
+from randsurgery.training.catalogue import input_for, shown_as
 from randsurgery.training.data import Data
-from randsurgery.training.datasets import Split, open_data
-from randsurgery.training.settings import input_for
+from randsurgery.training.folders import Part
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,24 @@ class DataOptions:
     num_classes: int | None = None
     img_size: int | None = None
     in_chans: int | None = None
+    crop_pct: float | None = None
+    interpolation: str | None = None
+    any_classes: bool = False
+    skip_bad: bool = False
+
+    def request(
+        self,
+        dataset: DatasetSpec,
+        look: InputSpec,
+        device: torch.device,
+        workers: int,
+        known: tuple[str, ...] | None,
+    ) -> Request:
+        """What is to be opened. ``known``: the class names of the file that will see it."""
+        return Request(
+            dataset, look, self.data_dir, self.download, device, workers, known,
+            self.any_classes, self.skip_bad,
+        )  # fmt: skip
 
 
 def pick_device(name: str) -> torch.device:
@@ -70,20 +89,38 @@ def look_for(source: SourceSpec, dataset: str, options: DataOptions) -> InputSpe
     """Preprocessing for a network built from an architecture's name."""
     arch = source.name.partition(".")[0]
     cfg = timm.get_pretrained_cfg(check_name(arch), allow_unregistered=True)
-    return input_for(dataset, cfg.to_dict() if cfg else {}, options.img_size, options.in_chans)
+    return input_for(
+        dataset, cfg.to_dict() if cfg else {}, options.img_size, options.in_chans,
+        options.crop_pct, options.interpolation,
+    )  # fmt: skip
 
 
 def look_for_file(recipe: Recipe, member: Member, dataset: str, options: DataOptions) -> InputSpec:
-    """Preprocessing for a network in a file: as recorded, else as the dataset looks, at the image
-    size the network was built for if it was built for one."""
-    if (recorded := recipe.input_of(member)) is not None:
-        return recorded
-    name = architecture_name(recipe)
+    """Preprocessing for a network in a file: the option, else as recorded, else as the dataset
+    looks, at the image size the network was built for if it was built for one. Raises
+    IncompatibleError for another image size or number of channels than the network takes."""
     assert recipe.model is not None
-    size, channels = recipe.model.args.get("img_size"), recipe.model.args.get("in_chans", 3)
+    name = architecture_name(recipe)
+    args = recipe.model.args
+    size, channels = args.get("img_size"), args.get("in_chans", 3)
+    if options.in_chans not in (None, channels):
+        raise IncompatibleError(
+            f"--in-chans {options.in_chans}: the file's network takes images of {channels} channels"
+        )
     native = native_size(name)
     if size is None and takes_img_size(recipe.model, native + 32):
         size = native
+    if isinstance(size, int) and options.img_size not in (None, size):
+        raise IncompatibleError(
+            f"--img-size {options.img_size}: the file's network was built for {size} pixels"
+        )
+    if (recorded := recipe.input_of(member)) is not None:
+        return shown_as(
+            recorded,
+            img_size=options.img_size,
+            crop_pct=options.crop_pct,
+            interpolation=options.interpolation,
+        )
     fixed = replace(
         options,
         img_size=options.img_size or (size if isinstance(size, int) else None),
@@ -107,47 +144,40 @@ def takes_img_size(model: ModelSpec, size: int) -> bool:
     return True
 
 
-def opener(
-    dataset: DatasetSpec, look: InputSpec, options: DataOptions, device: torch.device, workers: int
-) -> Callable[[Split, tuple[str, ...] | None], Data]:
-    """A function that opens a split, "train" or "test", of one dataset, given the class names
-    that are known already."""
+@dataclass(frozen=True)
+class Shown:
+    """The images that a file's network is shown. ``split``: which, for people ("test");
+    ``fell_back``: digits, since no dataset was given or recorded; ``told``: what was found."""
 
-    def open_split(split: Split, classes: tuple[str, ...] | None) -> Data:
-        return open_data(
-            dataset,
-            look,
-            split,
-            data_dir=options.data_dir,
-            download=options.download,
-            device=device,
-            workers=workers,
-            classes=classes,
-        )
-
-    return open_split
+    data: Data
+    dataset: DatasetSpec
+    split: Part
+    fell_back: bool
+    told: str
 
 
-def open_test_split(
+def open_split(
     checkpoint: Checkpoint,
     member: Member,
     options: DataOptions,
     device: torch.device,
     workers: int,
-) -> tuple[Data, DatasetSpec, bool]:
-    """The test split that a file's network is shown, with the preprocessing recorded in the file,
-    and True if digits was fallen back on. Raises DataError, or IncompatibleError if the dataset has
-    more classes than the network."""
+    part: Part = "test",
+) -> Shown:
+    """The split that a file's network is shown, with the preprocessing recorded in the file. Raises
+    DataError, or IncompatibleError if the dataset has more classes than the network, or others."""
     dataset, fell_back = resolve_dataset(options.dataset, options.data_dir, member.dataset)
     look = look_for_file(checkpoint.recipe, member, dataset.name, options)
-    data = opener(dataset, look, options, device, workers)("test", member.classes)
+    asked = options.request(dataset, look, device, workers, member.classes)
+    data, dataset, told = open_for_evaluation(asked, member, part)
     classes = member.head.classes if member.head else 0
     if classes and len(data.classes) > classes:
         raise IncompatibleError(
             f"{dataset.name} has {len(data.classes)} classes, the network {classes}; "
             f"choose another --dataset"
         )
-    return data, dataset, fell_back
+    check_classes(data.classes, asked)
+    return Shown(data, dataset, part, fell_back, told)
 
 
 def describe(
@@ -186,14 +216,15 @@ def calibration_images(count: int, share: str, seed: int) -> npt.NDArray[np.intp
     return permutation(count, seed=seed, stream="calibration")[:chosen]
 
 
-def unfitted(
-    count: int, dataset: DatasetSpec, members: Iterable[Member]
-) -> npt.NDArray[np.bool_] | None:
-    """Which of a test split's images no member's temperature was fitted on; None if that is all, or
-    none. Folders cannot be told from each other, so that nothing of one is left out."""
+def unfitted(shown: Shown, members: Iterable[Member]) -> npt.NDArray[np.bool_] | None:
+    """Which images of a split no member's temperature was fitted on; None if that is all, or none.
+    Folders cannot be told from each other, so that nothing of one is left out."""
+    count, dataset = len(shown.data), shown.dataset
     keep = np.ones(count, dtype=bool)
+    if shown.split != "test" or dataset.name == "folder":
+        return None
     for member in members:
-        known, split = member.calibration, (dataset.name, dataset.test_split)
-        if known and dataset.name != "folder" and (known.dataset, known.split) == split:
+        known = member.calibration
+        if known and (known.dataset, known.split) == (dataset.name, dataset.test_split):
             keep[calibration_images(count, known.share, known.seed)] = False
     return None if keep.all() or not keep.any() else keep

@@ -92,7 +92,8 @@ def prepare_popup(plan: PopupPlan) -> PreparedPopup:
 
     rethresholds = isinstance(wish, FixedMasks) and wish.mask_from is None
     with runs.closing_on_error() as stack:
-        job = runs.prepare(plan.run, stack, _label(wish), flat=not rethresholds, defaults=defaults)
+        run = replace(plan.run, learns="masks")
+        job = runs.prepare(run, stack, _label(wish), flat=not rethresholds, defaults=defaults)
         if isinstance(wish, FixedMasks):
             check_not_input(job.output, [wish.mask_from])
             notes = (*job.notes, *_scaling_notes(job.checkpoint, wish))

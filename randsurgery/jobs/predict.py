@@ -21,7 +21,7 @@ from randsurgery.format.members import members_named
 from randsurgery.format.recipe import Member
 from randsurgery.format.specs import InputSpec
 from randsurgery.jobs.hub import local_file
-from randsurgery.jobs.inputs import DataOptions, look_for_file, open_test_split, pick_device
+from randsurgery.jobs.inputs import DataOptions, look_for_file, open_split, pick_device
 from randsurgery.surgery.bases import open_checkpoint
 from randsurgery.surgery.ensembles import Ensemble, check_engine, settled, temperature
 from randsurgery.surgery.modules import build
@@ -127,10 +127,11 @@ def prepare(
             look = look_for_file(checkpoint.recipe, who, "folder", options)
             data, dataset = open_images(paths, look, where, workers), None
         else:
-            data, spec, fell_back = open_test_split(checkpoint, who, options, where, workers)
-            dataset = spec.name
-            if fell_back:
+            shown = open_split(checkpoint, who, options, where, workers)
+            data, dataset = shown.data, shown.dataset.name
+            if shown.fell_back:
                 notes.append("no images given, no dataset given or recorded: using digits")
+            notes += [shown.told] if shown.told else []
         if checkpoint.recipe.input_of(who) is None:
             notes.append(f"the file records no preprocessing: using {look_text(data.spec)}")
         plain = model.backbone if isinstance(model, Ensemble) else model

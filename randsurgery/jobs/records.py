@@ -30,13 +30,19 @@ def versions() -> dict[str, str]:
 
 
 def with_provenance(
-    checkpoint: Checkpoint, command: str, settings: dict[str, Any], records: list[Record]
+    checkpoint: Checkpoint,
+    command: str,
+    settings: dict[str, Any],
+    records: list[Record],
+    data: dict[str, Any] | None = None,
 ) -> Checkpoint:
-    """Record resolved settings, versions and the last metrics. No argv, no paths, no times."""
+    """Record resolved settings, the images of each split, versions and the metrics of what was
+    kept. No argv, no paths, no times."""
     provenance: dict[str, Any] = {
         "command": command,
         "settings": settings,
         "versions": versions(),
+        **({"data": data} if data else {}),
     }
     if records:
         provenance["metrics"] = {k: v for k, v in records[-1].items() if k != SECONDS}
@@ -79,11 +85,11 @@ class Recorder:
             self.part.write_text("")
         return self
 
-    def write(self, record: Record) -> None:
+    def write(self, record: Record, *, curves: bool = True) -> None:
         """One line, and one point of every curve."""
         with _disk(self.final), self.part.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
-        if self.board is not None:
+        if self.board is not None and curves:
             for key, value in record.items():
                 if isinstance(value, (int, float)) and key not in ("epoch", "step"):
                     self.board.add_scalar(key, value, record["epoch"])

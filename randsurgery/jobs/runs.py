@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -37,7 +37,6 @@ from randsurgery.jobs.inputs import (
     look_for,
     look_for_file,
     model_arguments,
-    opener,
     pick_device,
     resolve_dataset,
 )
@@ -50,7 +49,9 @@ from randsurgery.jobs.records import (
     with_provenance,
     write_settings,
 )
+from randsurgery.jobs.settling import Wish, settle, training_options
 from randsurgery.jobs.sources import SourceSpec, open_file, open_source, resolve_source
+from randsurgery.jobs.splits import Splits, check_classes, open_for_training
 from randsurgery.surgery.heads import (
     FixedKind,
     describe_head,
@@ -59,10 +60,13 @@ from randsurgery.surgery.heads import (
     with_fixed_head,
     with_head,
 )
-from randsurgery.surgery.modules import build, harvest
-from randsurgery.training.data import Data
-from randsurgery.training.loop import Hooks, Record, check_settings, fit
-from randsurgery.training.settings import TrainSettings, defaults_for
+from randsurgery.surgery.initialisers import Init
+from randsurgery.surgery.modules import build, harvest, meta_module
+from randsurgery.surgery.roles import has_norms
+from randsurgery.training.augmentation import check_augmentation
+from randsurgery.training.data import Data, Resident
+from randsurgery.training.loop import Hooks, Record, check_choice, fit
+from randsurgery.training.settings import TrainSettings
 from randsurgery.training.state import RunState, read_state, write_state
 
 FELL_BACK = "no dataset given: using digits (scikit-learn's 8x8 scans, shown at 32x32)"
@@ -72,15 +76,19 @@ FELL_BACK = "no dataset given: using digits (scikit-learn's 8x8 scans, shown at 
 class RunPlan:
     """What every training job is told.
 
-    ``overrides``: training settings that were given. ``head``: a fixed classifier to put in, with
-    ``head_scale`` if that is given and not learned. ``resume``: a state's path, or "auto" for the
-    job's own if it is there. ``state_every``: steps between states besides each epoch's end, 0 for
+    ``overrides``: training settings that were given, and ``decay_epochs`` and ``decay_milestones``
+    as they were. ``recipe``: the row of defaults, if not the dataset's. ``learns``: masks over
+    weights that stay as they were drawn, or weights; defaults depend on it. ``head``: a fixed
+    classifier to put in, with ``head_scale`` if that is given and not learned. ``resume``: a
+    state's path, or "auto" for the job's own if it is there. ``state_every``: steps between states besides each epoch's end, 0 for
     none. ``log_to``: further records ("tensorboard").
     """
 
     source: SourceSpec
     data: DataOptions = field(default_factory=DataOptions)
     overrides: dict[str, Any] = field(default_factory=dict)
+    recipe: str | None = None
+    learns: Literal["masks", "weights"] = "weights"
     seed: int = 0
     head: FixedKind | None = None
     head_scale: float | None = None
@@ -101,8 +109,7 @@ class Prepared:
     checkpoint: Checkpoint
     dataset: DatasetSpec
     notes: tuple[str, ...]  # what was decided for the user
-    train: Data
-    test: Data
+    images: Splits
     settings: TrainSettings
     device: torch.device
     output: Path
@@ -155,7 +162,8 @@ def prepare(
     entries, so that what is learned next is the member's. ``defaults`` may change those of the
     dataset. What is opened is closed by ``stack``.
     """
-    source = resolve_source(plan.source, plan.seed)
+    init: Init = "signed-constant" if plan.learns == "masks" else "kaiming-normal"
+    source = resolve_source(plan.source, plan.seed, init)
     plan = replace(plan, source=source)
     recorded: Checkpoint | None = None
     if source.is_file:
@@ -170,21 +178,29 @@ def prepare(
         plan = replace(plan, force=True)
     output = _outputs(plan, name)
     device = pick_device(plan.device)
-    settings = defaults(defaults_for(dataset.name)).updated(**{"seed": plan.seed, **plan.overrides})
-    check_settings(settings)
-    if recorded is not None:
-        look = look_for_file(recorded.recipe, recorded.member(), dataset.name, plan.data)
-    else:
-        look = look_for(source, dataset.name, plan.data)
-    open_split = opener(dataset, look, plan.data, device, settings.workers)
-    train = open_split("train", None)
-    test = open_split("test", train.classes)
-    classes = _classes(plan.data.num_classes, dataset, train)
+    wish = Wish(
+        dataset.name, plan.overrides, plan.seed, plan.recipe, plan.learns == "weights", defaults
+    )
+    settings, _ = settle(wish)  # what is wrong is told before any image is read
+    look = (
+        look_for(source, dataset.name, plan.data)
+        if recorded is None
+        else look_for_file(recorded.recipe, recorded.member(), dataset.name, plan.data)
+    )
+    known = member.classes if member else None
+    asked = plan.data.request(dataset, look, device, settings.workers, known)
+    asked = replace(asked, val_split=settings.val_split, val_seed=settings.val_seed)
+    images = open_for_training(asked)
+    check_choice(settings, validated=images.validation is not None)
+    classes = _classes(plan.data.num_classes, dataset, images.train)
     notes = [FELL_BACK] if fell_back else []
+    notes += images.notes
     if recorded is not None:
         checkpoint = with_head(recorded, classes)
         if checkpoint is not recorded:
             notes.append(f"the classifier is drawn anew for the dataset's {classes} classes")
+        else:
+            check_classes(images.classes, asked)
     else:
         args = model_arguments(source, look, classes)
         checkpoint = stack.enter_context(open_source(replace(source, args=args)))
@@ -194,8 +210,14 @@ def prepare(
         about = describe_head(checkpoint)
         assert about is not None
         notes.append(head_sentence(about))
-    checkpoint = describe(checkpoint, look, dataset, train.classes, classes)
-    return Prepared(plan, checkpoint, dataset, tuple(notes), train, test, settings, device, output)
+    settings, told = settle(wish, images.classes, norms=has_norms(meta_module(checkpoint)))
+    notes += told
+    resident = isinstance(images.train, Resident)
+    check_augmentation(settings, look, resident=resident, size=len(images.train))
+    checkpoint = describe(checkpoint, look, images.dataset, images.classes, classes)
+    return Prepared(
+        plan, checkpoint, images.dataset, tuple(notes), images, settings, device, output
+    )
 
 
 def _classes(given: int | None, dataset: DatasetSpec, train: Data) -> int:
@@ -252,7 +274,7 @@ def identity(job: Prepared, technique: Technique) -> dict[str, Any]:
     data = {
         "dataset": job.dataset.to_json(),
         "data_dir": job.plan.data.data_dir,
-        "images": [len(job.train), len(job.test)],
+        "images": job.images.to_json(),
         "device": job.device.type,
     }
     return {"command": technique.command, "network": digest(start), **data, **settings}
@@ -287,14 +309,21 @@ def carry_out(job: Prepared, technique: Technique, hooks: Hooks | None = None) -
             hooks = _joined(hooks, watch, recorder, model, resumed)
             hooks.on_state = keep
             hooks.state_every = plan.state_every
-            records = fit(model, job.train, job.test, job.settings, hooks, resume=resumed)
+            images = job.images
+            records = fit(
+                model, images.train, images.test, job.settings, hooks,
+                validation=images.validation, classes=_head_classes(job), resume=resumed,
+            )  # fmt: skip
             model.eval()
             checkpoint = harvest(job.checkpoint, model.cpu(), scores=technique.scores)
             settings = {**technique.settings, **job.settings.to_json()}
-            checkpoint = with_provenance(checkpoint, technique.command, settings, records)
+            checkpoint = with_provenance(
+                checkpoint, technique.command, settings, records, images.to_json()
+            )
             keep_base(checkpoint, job.output)
             size = write_checkpoint(job.output, checkpoint, force=plan.force)
-            told = {**settings, **options(plan), **technique.options}
+            told = {**technique.settings, **training_options(job.settings)}
+            told |= {**options(plan), **technique.options}
             write_settings(job.output, told, job.dataset)
     except DivergedError as error:
         raise DivergedError(
@@ -323,7 +352,17 @@ def options(plan: RunPlan) -> dict[str, Any]:
         "num-classes": data.num_classes,
         "img-size": data.img_size,
         "in-chans": data.in_chans,
+        "crop-pct": data.crop_pct,
+        "interpolation": data.interpolation,
+        "any-classes": data.any_classes or None,
+        "skip-bad": data.skip_bad or None,
+        "recipe": plan.recipe,
     }
+
+
+def _head_classes(job: Prepared) -> int | None:
+    head = job.checkpoint.member().head
+    return None if head is None else head.classes
 
 
 def resumed_state(job: Prepared, technique: Technique) -> RunState | None:
@@ -354,7 +393,14 @@ def _joined(
         recorder.write(record)
         hooks.on_epoch(record)
 
-    return replace(hooks, extra=extra, on_epoch=on_epoch, memory=watch.memory, recall=watch.recall)
+    def on_end(record: Record) -> None:
+        recorder.write(record, curves=False)
+        hooks.on_end(record)
+
+    return replace(
+        hooks, extra=extra, on_epoch=on_epoch, on_end=on_end, memory=watch.memory,
+        recall=watch.recall,
+    )  # fmt: skip
 
 
 def weight_settings(source: SourceSpec) -> dict[str, Any]:
@@ -388,8 +434,7 @@ def facts(job: Prepared, technique_facts: dict[str, Any], technique: Technique) 
         "output": str(job.output),
         "model": job.checkpoint.recipe.model.name,
         "dataset": job.dataset.name,
-        "train_images": len(job.train),
-        "test_images": len(job.test),
+        **job.images.to_json(),
         **technique_facts,
         **technique.settings,
         **job.settings.to_json(),

@@ -75,16 +75,14 @@ class SourceSpec:
         return self.name.endswith(".safetensors") or os.sep in self.name
 
 
-def resolve_source(spec: SourceSpec, seed: int = 0) -> SourceSpec:
+def resolve_source(spec: SourceSpec, seed: int = 0, init: Init = "signed-constant") -> SourceSpec:
     """The same source with a Hub address fetched: a file, or an architecture and dense weights.
-    An architecture gets the defaults of what was not given: signed-constant and ``seed``."""
+    An architecture gets the defaults of what was not given: ``init`` and ``seed``."""
     if spec.name.startswith(PREFIX):
         spec = _fetched(spec)
     if spec.is_file:
         return spec
-    return replace(
-        spec, init=spec.init or "signed-constant", seed=seed if spec.seed is None else spec.seed
-    )
+    return replace(spec, init=spec.init or init, seed=seed if spec.seed is None else spec.seed)
 
 
 def _fetched(spec: SourceSpec) -> SourceSpec:

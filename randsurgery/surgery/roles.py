@@ -64,6 +64,11 @@ def is_norm(module: nn.Module) -> bool:
     return not any(weight_names(inner) for inner in module.modules())
 
 
+def has_norms(model: nn.Module) -> bool:
+    """True if a network normalises anywhere."""
+    return any(is_norm(module) for module in model.modules())
+
+
 def _fans(module: nn.Module, weight: torch.Tensor) -> tuple[int, int]:
     if isinstance(module, CondConv2d):  # (experts, out * in/groups * kh * kw)
         kernel = math.prod(module.kernel_size)

@@ -14,7 +14,10 @@ from torch.nn import functional as F
 from randsurgery.errors import DataError, near, reason
 from randsurgery.format.generator import permutation
 from randsurgery.format.specs import DatasetSpec, InputSpec
-from randsurgery.training.data import Data, Resident, Streamed
+from randsurgery.training.augmentation import evaluation_transform
+from randsurgery.training.catalogue import DATASETS, known
+from randsurgery.training.data import Data, Labels, Resident, Streamed
+from randsurgery.training.folders import Folder, Part, read_folder
 from randsurgery.training.images import Paths, Pictures, image_mode
 
 Split = Literal["train", "test"]
@@ -22,10 +25,21 @@ Split = Literal["train", "test"]
 MAX_RESIDENT = 2 << 30
 """Bytes of images that may live on the device; larger sets are streamed."""
 
-KNOWN = (
-    "digits", "torch/mnist", "torch/fashion_mnist", "torch/kmnist", "torch/qmnist",
-    "torch/cifar10", "torch/cifar100", "torch/imagenet", "torch/places365", "torch/inaturalist",
-)  # fmt: skip
+
+def check_name(spec: DatasetSpec) -> None:
+    """Raises DataError for a dataset that nothing here knows."""
+    if spec.name in ("digits", "folder"):
+        return
+    if not spec.name.startswith(("torch/", "hfds/")):
+        raise DataError(
+            f"unknown dataset {spec.name!r}, expected digits, torch/NAME, hfds/NAME, or a folder "
+            "with --data-dir" + (near(spec.name, DATASETS) or near(f"torch/{spec.name}", DATASETS))
+        )
+    if spec.name.startswith("torch/") and spec.name.lower() not in DATASETS:
+        names = ", ".join(name for name in DATASETS if name != "digits")
+        raise DataError(
+            f"unknown dataset {spec.name!r}, expected one of {names}" + near(spec.name, DATASETS)
+        )
 
 
 def open_data(
@@ -37,40 +51,48 @@ def open_data(
     download: bool = False,
     device: torch.device | str = "cpu",
     workers: int = 0,
-    classes: tuple[str, ...] | None = None,
 ) -> Data:
-    """A split by dataset spec. Raises DataError with the remedy.
-
-    ``classes``: the names that labels stand for, if they are known; a folder's own may be fewer.
-    """
+    """A split of a dataset that is known by name (no folder). Raises DataError with the remedy."""
     where = torch.device(device)
+    check_name(spec)
     if spec.name == "digits":
         return _resident(_digits(split), _DIGIT_NAMES, look, where)
-    if spec.name != "folder" and not spec.name.startswith(("torch/", "hfds/")):
-        raise DataError(
-            f"unknown dataset {spec.name!r}, expected digits, torch/NAME, hfds/NAME, or a folder "
-            "with --data-dir" + (near(spec.name, KNOWN) or near(f"torch/{spec.name}", KNOWN))
-        )
-    if spec.name.startswith("torch/") and spec.name.lower() not in KNOWN:
-        raise DataError(
-            f"unknown dataset {spec.name!r}, expected one of {', '.join(KNOWN[1:])}"
-            + near(spec.name, KNOWN)
-        )
     if data_dir is None and not spec.name.startswith("hfds/"):
         raise DataError(f"dataset {spec.name} needs --data-dir FOLDER")
     if data_dir is not None and not download and not Path(data_dir).is_dir():
         raise DataError(f"{data_dir}: no such folder, expected the one that holds {spec.name}")
-    if spec.name == "folder":
-        dataset, names = _folder(spec, look, split, str(data_dir), classes)
-    else:
-        dataset = _timm_dataset(spec, look, split, data_dir, download)
-        names = class_names(dataset)
-    small = spec.name.lower() in _SMALL
+    dataset = _timm_dataset(spec, look, split, data_dir, download)
+    names = class_names(dataset)
+    small = known(spec.name).resident
     if small and len(dataset) * look.channels * math.prod(look.size) <= MAX_RESIDENT:
         return _resident(_to_bytes(dataset, look), names, look, where)
-    samples = getattr(getattr(dataset, "reader", None), "samples", ())  # of a folder
-    paths = [path for path, _ in samples]
-    return Streamed(dataset, len(dataset), names, look, where, workers, paths)
+    paths = [path for path, _ in getattr(dataset, "samples", ())]  # of torchvision's folders
+    return Streamed(dataset, names, look, where, workers, paths=paths, known=_known_labels(dataset))
+
+
+def folder_data(
+    folder: Folder,
+    part: Part,
+    look: InputSpec,
+    classes: Sequence[str],
+    device: torch.device | str = "cpu",
+    workers: int = 0,
+) -> Streamed:
+    """A split of a folder, whose labels count within ``classes``. Raises DataError for a split that
+    is not there and for a class that is not among them."""
+    listing = folder.split(part)
+    index = {name: label for label, name in enumerate(classes)}
+    if strange := sorted(set(listing.labels) - set(index)):
+        raise DataError(
+            f"{folder.root} ({listing.where}): {strange[0]!r} is not one of the {len(classes)} "
+            "known classes" + near(strange[0], classes)
+        )
+    labels = np.array([index[name] for name in listing.labels], dtype=np.int64)
+    pictures = Pictures(Paths(listing.paths, labels.tolist()), image_mode(look))
+    return Streamed(
+        pictures, tuple(classes), look, torch.device(device), workers, listing.where,
+        listing.paths, labels,
+    )  # fmt: skip
 
 
 def open_images(
@@ -78,60 +100,27 @@ def open_images(
 ) -> Data:
     """Image files as a split without labels or classes, shown as a folder's images are."""
     pictures = Pictures(Paths(paths), image_mode(look))
-    return Streamed(pictures, len(paths), (), look, torch.device(device), workers, paths)
+    return Streamed(pictures, (), look, torch.device(device), workers, paths=paths)
 
 
-_SMALL = (
-    "torch/mnist", "torch/fashion_mnist", "torch/kmnist", "torch/qmnist", "torch/cifar10",
-    "torch/cifar100",
-)  # fmt: skip
+__all__ = ["check_name", "folder_data", "open_data", "open_images", "read_folder"]
+
 _DIGIT_NAMES = tuple(str(digit) for digit in range(10))
 
 
-def _folder(
-    spec: DatasetSpec,
-    look: InputSpec,
-    split: Split,
-    data_dir: str,
-    classes: tuple[str, ...] | None,
-) -> tuple[Any, tuple[str, ...]]:
-    """A folder of images: a folder a split (train, validation), in it a folder a class."""
-    if split == "train" and not (Path(data_dir) / "train").is_dir():
-        raise DataError(
-            f"{data_dir}: has no folder 'train', expected train/CLASS and validation/CLASS"
-        )
-    dataset = _timm_dataset(spec, look, split, data_dir, False)
-    found = class_names(dataset)
-    if classes is None or classes == found:
-        return dataset, found
-    if strange := [name for name in found if name not in classes]:
-        raise DataError(
-            f"{data_dir} ({split}): {strange[0]!r} is not one of the {len(classes)} known classes"
-            + near(strange[0], classes)
-        )
-    labels = {name: label for label, name in enumerate(classes)}
-    return _timm_dataset(spec, look, split, data_dir, False, labels), classes
-
-
 def _timm_dataset(
-    spec: DatasetSpec,
-    look: InputSpec,
-    split: Split,
-    data_dir: str | None,
-    download: bool,
-    labels: dict[str, int] | None = None,
+    spec: DatasetSpec, look: InputSpec, split: Split, data_dir: str | None, download: bool
 ) -> Any:
     from timm.data import ImageDataset, create_dataset
 
-    name, mode = "" if spec.name == "folder" else spec.name, image_mode(look)
+    mode = image_mode(look) if not known(spec.name).resident else "RGB"
     try:
         dataset = create_dataset(
-            name,
+            spec.name,
             root=data_dir,
             split=spec.train_split if split == "train" else spec.test_split,
             is_training=split == "train",
             download=download,
-            class_map=labels or "",
             input_img_mode=mode,
         )
     except Exception as error:  # whatever torchvision, datasets or the disk raises
@@ -150,30 +139,42 @@ def class_names(dataset: Any) -> tuple[str, ...]:
     index = getattr(getattr(dataset, "reader", None), "class_to_idx", None)
     if index:
         return tuple(str(name) for name in sorted(index, key=index.get))
-    labels = getattr(dataset, "targets", None)
-    return tuple(str(i) for i in range(int(max(labels)) + 1)) if labels is not None else ()
+    labels = _known_labels(dataset)
+    return tuple(str(i) for i in range(int(labels.max()) + 1)) if labels is not None else ()
 
 
-def _resize(image: Any, look: InputSpec) -> Any:
-    """A PIL image at the wanted size and number of channels, as (H, W, C) bytes."""
-    from PIL import Image
-
-    image = image.convert("L" if look.channels == 1 else "RGB")
-    if image.size != (look.size[1], look.size[0]):
-        image = image.resize(
-            (look.size[1], look.size[0]), Image.Resampling[look.interpolation.upper()]
-        )
-    array = np.asarray(image)
-    return array[:, :, None] if array.ndim == 2 else array
+def _known_labels(dataset: Any) -> Labels | None:
+    """The labels (N,) that a dataset tells without decoding its images."""
+    found = getattr(dataset, "targets", None)
+    if found is None and hasattr(dataset, "index"):  # torchvision's INaturalist
+        found = [category for category, _ in dataset.index]
+    reader: Any = getattr(dataset, "reader", None)
+    if found is None and hasattr(reader, "dataset"):  # of the Hub
+        try:
+            found = reader.dataset[reader.label_key][:]
+        except (KeyError, TypeError):
+            return None
+    if found is None:
+        return None
+    labels = np.asarray(found, dtype=np.int64)
+    labels = labels[:, 0] if labels.ndim == 2 else labels  # QMNIST's first column is the class
+    return labels if labels.shape == (len(dataset),) else None
 
 
 def _to_bytes(dataset: Any, look: InputSpec) -> tuple[torch.Tensor, torch.Tensor]:
-    images = np.empty((len(dataset), *look.size, look.channels), dtype=np.uint8)
+    images = np.empty((len(dataset), look.channels, *look.size), dtype=np.uint8)
     labels = np.empty(len(dataset), dtype=np.int64)
+    shown = evaluation_transform(look)
+    whole = float.fromhex(look.crop) == 1.0
+    mode = "L" if look.channels == 1 else "RGB"
     for index in range(len(dataset)):
         image, labels[index] = dataset[index]
-        images[index] = _resize(image, look)
-    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(labels)
+        if whole and image.size == (look.size[1], look.size[0]):  # as the transform would, sooner
+            array = np.asarray(image.convert(mode))
+            images[index] = array if array.ndim == 2 else array.transpose(2, 0, 1)
+        else:
+            images[index] = np.asarray(shown(image))
+    return torch.from_numpy(images), torch.from_numpy(labels)
 
 
 def _digits(split: Split) -> tuple[torch.Tensor, torch.Tensor]:
@@ -192,10 +193,17 @@ def _digits(split: Split) -> tuple[torch.Tensor, torch.Tensor]:
     return images, torch.from_numpy(found.target[chosen].astype(np.int64))
 
 
-def _interpolate(images: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """Bytes (N, C, H, W) -> bytes (N, C, *size)."""
-    sized = F.interpolate(images.float(), size, mode="bilinear", antialias=True)
-    return sized.round().clamp(0, 255).to(torch.uint8)
+def _interpolate(images: torch.Tensor, look: InputSpec) -> torch.Tensor:
+    """Bytes (N, C, H, W) -> bytes (N, C, *look.size): resized, then the middle cut out."""
+    crop = float.fromhex(look.crop)
+    size = [math.floor(side / crop) for side in look.size]
+    how: dict[str, Any] = {"mode": look.interpolation}
+    if look.interpolation != "nearest":
+        how["antialias"] = True
+    sized = F.interpolate(images.float(), size, **how)
+    top, left = ((have - side) // 2 for have, side in zip(size, look.size, strict=True))
+    cut = sized[:, :, top : top + look.size[0], left : left + look.size[1]]
+    return cut.round().clamp(0, 255).to(torch.uint8)
 
 
 def _resident(
@@ -207,11 +215,12 @@ def _resident(
     images, labels = data
     if images.shape[1] != look.channels:
         images = images[:, :1].expand(-1, look.channels, -1, -1)
-    if tuple(images.shape[2:]) != tuple(look.size):
+    whole = float.fromhex(look.crop) == 1.0
+    if tuple(images.shape[2:]) != tuple(look.size) or not (whole or classes is not _DIGIT_NAMES):
         if (wanted := len(images) * look.channels * math.prod(look.size)) > MAX_RESIDENT:
             raise DataError(
                 f"{len(images):,} images of {look.size[0]} x {look.size[1]} pixels take "
                 f"{wanted / 1e9:,.1f} GB; choose a smaller --img-size"
             )
-        images = torch.cat([_interpolate(part, look.size) for part in torch.split(images, 256)])
+        images = torch.cat([_interpolate(part, look) for part in torch.split(images, 256)])
     return Resident(images.contiguous().to(device), labels.to(device), classes, look)

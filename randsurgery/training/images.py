@@ -11,6 +11,7 @@ import os
 import stat
 import warnings
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, BinaryIO, NamedTuple
 
@@ -78,29 +79,63 @@ def decode(file: BinaryIO, mode: str) -> Image.Image:
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of large images, lost transparency, odd EXIF data
-        image = Image.open(file, formats=_formats())
-        if image.mode == "F":
-            raise ValueError("pixels of floating point, whose range is unknown; save 8 or 16 bits")
-        if image.mode.startswith("I"):  # Pillow would cut off at 255: nearly all would be white
-            grey = np.asarray(image).clip(0, 65535).astype(np.uint32)
-            return Image.fromarray(((grey + 128) // 257).astype(np.uint8)).convert(mode)
-        return image.convert(mode)
+        return _decode(file, mode)
+
+
+def _decode(file: BinaryIO, mode: str, *, coarse: bool = False) -> Image.Image:
+    image = Image.open(file, formats=_formats())
+    if coarse:
+        image.draft(mode, (1, 1))  # a JPEG is read whole, and shown at an eighth of its size
+    if image.mode == "F":
+        raise ValueError("pixels of floating point, whose range is unknown; save 8 or 16 bits")
+    if image.mode.startswith("I"):  # Pillow would cut off at 255: nearly all would be white
+        grey = np.asarray(image).clip(0, 65535).astype(np.uint32)
+        return Image.fromarray(((grey + 128) // 257).astype(np.uint8)).convert(mode)
+    return image.convert(mode)
+
+
+def unreadable(paths: Sequence[str], look: InputSpec, *, cropped: bool = False) -> list[Failure]:
+    """The image files that cannot be shown, in order; each is decoded, JPEGs coarsely, on as many
+    threads as there are cores. ``cropped``: only a part of each will be resized."""
+    mode, side = image_mode(look), 0.0 if cropped else resized_side(look)
+
+    def fault(index: int) -> Failure | None:
+        try:
+            with open_image(paths[index]) as file:
+                image = Image.open(file, formats=_formats())
+                check_length(image.size, side)
+                file.seek(0)
+                _decode(file, mode, coarse=True)
+        except Exception as error:  # Pillow raises all kinds
+            return Failure(index, _reason(error))
+        return None
+
+    with warnings.catch_warnings():  # here, since threads may not change filters
+        warnings.simplefilter("ignore")
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            found = list(pool.map(fault, range(len(paths))))
+    return [one for one in found if one is not None]
+
+
+def open_image(path: str) -> BinaryIO:
+    """The file, which must be one: opening a pipe would wait for its writer. Raises ValueError or
+    OSError."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise ValueError("not a regular file")
+    return open(path, "rb")
 
 
 class Paths:
-    """Image files by path, without labels, as one of timm's readers."""
+    """Image files by path, with labels or without, as one of timm's readers."""
 
-    def __init__(self, paths: Sequence[str]) -> None:
-        self.paths = paths
+    def __init__(self, paths: Sequence[str], labels: Sequence[int] | None = None) -> None:
+        self.paths, self.labels = paths, labels
 
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, index: int) -> tuple[BinaryIO, None]:
-        path = self.paths[index]
-        if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for its writer
-            raise ValueError("not a regular file")
-        return open(path, "rb"), None
+    def __getitem__(self, index: int) -> tuple[BinaryIO, int | None]:
+        return open_image(self.paths[index]), None if self.labels is None else self.labels[index]
 
 
 class Pictures(torch.utils.data.Dataset[Any]):
@@ -120,17 +155,27 @@ class Pictures(torch.utils.data.Dataset[Any]):
         return self.transform(image), -1 if label is None else label
 
 
+def resized_side(look: InputSpec) -> float:
+    """The shorter side, in pixels, that an image is resized to before it is cropped."""
+    return max(look.size) / (float.fromhex(look.crop) or 1.0)
+
+
+def check_length(size: tuple[int, int], side: float) -> None:
+    """Raises ValueError for an image (width, height) too long to be resized by its shorter side."""
+    width, height = size
+    if side**2 * max(width, height) / min(width, height) > MAX_PIXELS:
+        raise ValueError(f"too long to be resized: {width} x {height} pixels")
+
+
 class Bounded:
     """A transform that first refuses images too long to be resized by their shorter side."""
 
     def __init__(self, transform: Any, look: InputSpec) -> None:
         self.transform = transform
-        self.side = max(look.size) / (float.fromhex(look.crop) or 1.0)
+        self.side = resized_side(look)
 
     def __call__(self, image: Image.Image) -> Any:
-        width, height = image.size
-        if self.side**2 * max(width, height) / min(width, height) > MAX_PIXELS:
-            raise ValueError(f"too long to be resized: {width} x {height} pixels")
+        check_length(image.size, self.side)
         return self.transform(image)
 
 
@@ -168,14 +213,25 @@ def collate(items: list[tuple[int, Any, int] | Failure]) -> Part:
     return Part(torch.stack(images) if images else torch.empty(0), labels, indices, failures)
 
 
-def whole(part: Part, paths: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Images and labels of a batch that may lack none. Raises DataError; ``paths``, by index,
-    names the image if it is a file of its own."""
-    if part.failures:
-        first = part.failures[0]
-        where = paths[first.index] if paths else f"image {first.index}"
-        raise DataError(f"{where}: cannot be read ({first.reason}); remove or replace it")
-    return part.images, part.labels
+NAMED = 10
+"""How many images an error names."""
+
+
+def refuse(failures: Sequence[Failure], paths: Sequence[str]) -> None:
+    """Raises DataError for images that cannot be read: how many, and the first ten with the reason;
+    ``paths``, by index, names them if they are files of their own."""
+    if not failures:
+        return
+    named = [
+        f"{paths[one.index] if paths else f'image {one.index}'} ({one.reason})"
+        for one in failures[:NAMED]
+    ]
+    more = f" and {len(failures) - NAMED:,} more" if len(failures) > NAMED else ""
+    what = "1 image" if len(failures) == 1 else f"{len(failures):,} images"
+    raise DataError(
+        f"{what} cannot be read: {', '.join(named)}{more}; remove or replace "
+        f"{'it' if len(failures) == 1 else 'them'}, or pass --skip-bad"
+    )
 
 
 # --- finding images ------------------------------------------------------------------------------

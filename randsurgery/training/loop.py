@@ -2,32 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
-from timm.optim import create_optimizer_v2, list_optimizers
-from timm.scheduler import create_scheduler_v2
 from torch import nn
 
-from randsurgery.errors import DataError, DivergedError, UsageError, near, reason
+from randsurgery.errors import DataError, DivergedError, UsageError
 from randsurgery.format.generator import torch_seed
 from randsurgery.surgery.randomness import (
     borrowed,
     generator_states,
     set_generator_states,
 )
+from randsurgery.training.augmentation import mix, mixes
+from randsurgery.training.averaging import Average, copied, put
 from randsurgery.training.data import Batch, Data
 from randsurgery.training.evaluate import autocast, evaluate
+from randsurgery.training.optimisation import set_up
 from randsurgery.training.settings import TrainSettings
 from randsurgery.training.state import RunState
 
 Record = dict[str, Any]
-
-SCHEDULES = ("cosine", "tanh", "step", "constant", "multistep", "plateau", "poly", "rsqrt", "none")
-"""timm's schedules, which it lists nowhere."""
 
 
 @dataclass
@@ -37,6 +37,7 @@ class Hooks:
     on_epoch_start: Callable[[int, int], None] = lambda epoch, steps: None
     on_step: Callable[[int, float], None] = lambda step, loss: None
     on_epoch: Callable[[Record], None] = lambda record: None
+    on_end: Callable[[Record], None] = lambda record: None  # of the kept epoch, with its test
     on_note: Callable[[str], None] = lambda word: None
     extra: Callable[[], Record] = dict
     on_state: Callable[[RunState], None] | None = None  # at each epoch's end
@@ -62,6 +63,12 @@ class Run:
     model: nn.Module
     settings: TrainSettings
     steps: int  # optimiser steps an epoch
+    classes: int
+    weights: torch.Tensor | None = None  # of the classes, in the loss
+    average: Average | None = None
+    best: dict[str, torch.Tensor] | None = None  # what the best epoch so far had learned
+    warned: bool = False
+    checked: bool = False  # all labels are known to be classes of the network
     optimizer: torch.optim.Optimizer | None = None
     scheduler: Any = None
     epoch: int = 0
@@ -80,11 +87,18 @@ class Run:
         """What the optimiser moves."""
         return [p for p in self.model.parameters() if p.requires_grad]
 
+    def averaged(self) -> contextlib.AbstractContextManager[None]:
+        """The module with the averaged values, if there are some."""
+        return contextlib.nullcontext() if self.average is None else self.average.shown(self.model)
+
     def state(self, memory: dict[str, torch.Tensor] | None = None) -> RunState:
         """The whole state, as one object that can be written."""
         state = RunState.capture(self.model, self.optimizer, self.epoch, self.step)
         state.values |= {"history": list(self.history), "sums": asdict(self.sums)}
-        state.tensors |= {f"memory/{name}": tensor for name, tensor in (memory or {}).items()}
+        aside = {"memory": memory, "best": self.best}
+        aside["average"] = None if self.average is None else self.average.values
+        for part, tensors in aside.items():
+            state.tensors |= {f"{part}/{name}": one for name, one in (tensors or {}).items()}
         if self.sums.batches:
             for index, generator in enumerate(generator_states(self.device)):
                 state.tensors[f"generator/{index}"] = generator
@@ -96,102 +110,155 @@ class Run:
         self.epoch, self.step = state.epoch, state.step
         self.history = list(state.values["history"])
         self.sums = Sums(**state.values["sums"])
+        self.best = state.part("best/") or None
+        if self.average is not None:
+            self.average.values = state.part("average/")
         self.generators = [tensor for _, tensor in sorted(state.part("generator/").items())]
 
 
-def start(model: nn.Module, train: Data, settings: TrainSettings) -> Run:
-    """Set up optimiser and schedule. Raises UsageError for names timm does not know."""
-    run = Run(model, settings, train.steps(settings.batch_size))
+def start(
+    model: nn.Module, train: Data, settings: TrainSettings, classes: int | None = None
+) -> Run:
+    """Set up optimiser and schedule. Raises UsageError for what cannot be, DataError for labels
+    that exceed the network's ``classes`` (default: those of the dataset)."""
+    count = classes or len(train.classes)
+    run = Run(model, settings, train.steps(settings.batch_size), count)
+    if train.labels is not None and count:
+        _check_labels(int(train.labels.max()), count)
+        run.checked = True
     if run.learned and settings.epochs > 0:
-        run.optimizer, run.scheduler = _set_up(run.learned, settings, run.steps)
+        run.optimizer, run.scheduler = set_up(run.learned, settings, run.steps)
+        if settings.model_ema:
+            run.average = Average(model, settings.model_ema_decay)
+    if settings.class_weights is not None:
+        run.weights = balanced(train, count).to(run.device)
     return run
 
 
-def check_settings(settings: TrainSettings) -> None:
-    """Set a run up on one number and step, to know before any work that it can be. Raises
-    UsageError."""
-    if settings.clip_grad is not None and not settings.clip_grad > 0:
-        raise UsageError(f"--clip-grad must be above 0, found {settings.clip_grad}")
-    for name, value in (("--lr", settings.lr), ("--weight-decay", settings.weight_decay)):
-        if not (math.isfinite(value) and value >= 0):
-            raise UsageError(f"{name} must be a number from 0 on, found {value}")
-    if not 0 <= settings.momentum < 1:
-        raise UsageError(f"--momentum must lie in [0, 1), found {settings.momentum}")
-    number = nn.Parameter(torch.zeros(1))
-    optimizer, _ = _set_up([number], settings, 1)
-    number.grad = torch.zeros(1)
-    try:
-        optimizer.step()
-    except (RuntimeError, TypeError) as error:  # some need second derivatives, or a closure
-        raise UsageError(
-            f"--opt {settings.opt} cannot be used here: its step needs more than a gradient "
-            f"({reason(error)})"
-        ) from None
-
-
-def _set_up(
-    learned: list[nn.Parameter], settings: TrainSettings, steps: int
-) -> tuple[torch.optim.Optimizer, Any]:
-    try:
-        optimizer = create_optimizer_v2(
-            learned,
-            opt=settings.opt,
-            lr=settings.lr,
-            weight_decay=settings.weight_decay,
-            momentum=settings.momentum,
+def balanced(train: Data, classes: int) -> torch.Tensor:
+    """A weight for each class, images / (classes x images of the class), so that all classes count
+    alike. Shape (classes,); 0 for classes of the network that the dataset does not know. Raises
+    DataError for a class without images, or unknown labels."""
+    if train.labels is None:
+        raise DataError("--class-weights needs a dataset that lists its labels")
+    counts = np.bincount(train.labels, minlength=len(train.classes))
+    if not counts.all():
+        empty = int(np.flatnonzero(counts == 0)[0])
+        name = train.classes[empty] if empty < len(train.classes) else str(empty)
+        raise DataError(
+            f"--class-weights balanced: class {name} has no training image, so no weight; leave "
+            "the option out, or the class"
         )
-        scheduler, _ = create_scheduler_v2(
-            optimizer,
-            sched=settings.sched,
-            num_epochs=settings.epochs,
-            warmup_epochs=settings.warmup_epochs,
-            warmup_prefix=False,
-            step_on_epochs=False,
-            updates_per_epoch=steps,
-        )
-    except (ValueError, AssertionError, KeyError, TypeError, RuntimeError) as error:
-        hint = "" if settings.opt in list_optimizers() else near(settings.opt, list_optimizers())
-        hint += "" if settings.sched in SCHEDULES else near(settings.sched, SCHEDULES)
-        raise UsageError(
-            f"--opt {settings.opt} with --sched {settings.sched} cannot be set up: {reason(error)}"
-            + hint
-        ) from None
-    return optimizer, scheduler
+    weights = torch.zeros(max(classes, len(counts)))
+    weights[: len(counts)] = torch.from_numpy(counts.sum() / (len(counts) * counts))
+    return weights
 
 
 def fit(
     model: nn.Module,
     train: Data,
-    test: Data,
+    test: Data | None,
     settings: TrainSettings,
     hooks: Hooks | None = None,
     *,
+    validation: Data | None = None,
+    classes: int | None = None,
     resume: RunState | None = None,
 ) -> list[Record]:
     """Train what requires gradients; evaluate after each epoch. Returns the epochs' records.
 
+    With ``validation`` each epoch is evaluated on that (``val_*``), and a last record, that of the
+    epoch which is kept, has the figures of the test images (``test_*``), which are seen once, at
+    the end. Without it each epoch is evaluated on the test images.
+
     Nothing global is read or set: dropout and the like draw from a fork of torch's generator,
     seeded by (seed, epoch). With nothing to learn the training images still pass once an epoch,
-    which settles running statistics. Raises DivergedError on a NaN or infinite loss.
+    which settles running statistics. Raises DivergedError on a NaN or infinite loss, UsageError for
+    a choice without validation images.
     """
     hooks = hooks or Hooks()
-    run = start(model, train, settings)
+    check_choice(settings, validated=validation is not None)
+    seen = validation if validation is not None else test
+    run = start(model, train, settings, classes)
     if resume is not None:
         run.restore(resume)
         hooks.recall(resume.part("memory/"))
-    while run.epoch < settings.epochs:
+    while run.epoch < settings.epochs and not _exhausted(run):
         with borrowed(torch_seed(settings.seed, f"epoch-{run.epoch}"), run.device):
             record = _epoch(run, train, hooks)
         _check_finite(run)
-        result = evaluate(model, test, amp=settings.amp)
-        run.epoch += 1
-        record |= {f"test_{key}": value for key, value in result.to_json().items()}
-        record = {"epoch": run.epoch, "step": run.step, **record, **hooks.extra()}
-        run.history.append(record)
+        with run.averaged():
+            if seen is not None:
+                figures = evaluate(model, seen, amp=settings.amp).to_json()
+                which = "test" if validation is None else "val"
+                record |= {f"{which}_{key}": value for key, value in figures.items()}
+            run.epoch += 1
+            record = {"epoch": run.epoch, "step": run.step, **record, **hooks.extra()}
+            run.history.append(record)
+            if settings.keep == "best" and best_epoch(run.history) == run.epoch:
+                run.best = copied(model)
+        _warn_of_chance(run, record, hooks)
         hooks.on_epoch(record)
         if hooks.on_state is not None:
             hooks.on_state(run.state(hooks.memory()))
-    return run.history
+    return _concluded(run, test, validation, hooks)
+
+
+def check_choice(settings: TrainSettings, *, validated: bool) -> None:
+    """Raises UsageError if an epoch is to be chosen and there is nothing but the test split to
+    choose it by."""
+    asked = {"--keep best": settings.keep == "best", "--patience": settings.patience is not None}
+    for option, wanted in asked.items():
+        if wanted and not validated:
+            raise UsageError(
+                f"{option} needs validation images, or the test images would choose: pass "
+                "--val-split 0.1, or bring a validation folder beside a test folder"
+            )
+
+
+def best_epoch(history: Sequence[Record]) -> int:
+    """The epoch with the highest validation accuracy; of equal ones the first."""
+    return int(max(history, key=lambda record: (record["val_accuracy"], -record["epoch"]))["epoch"])
+
+
+def _exhausted(run: Run) -> bool:
+    """True if no epoch has been better for ``patience`` epochs."""
+    patience = run.settings.patience
+    if patience is None or not run.history:
+        return False
+    return run.epoch - best_epoch(run.history) >= patience
+
+
+def _concluded(run: Run, test: Data | None, validation: Data | None, hooks: Hooks) -> list[Record]:
+    """What is kept is put into the module, and tested once if no epoch was tested on."""
+    if run.average is not None:
+        put(run.average.values, run.model)
+    if run.best is not None:
+        put(run.best, run.model)
+    if validation is None or not run.history:
+        return run.history
+    best = run.settings.keep == "best"
+    record = dict(run.history[best_epoch(run.history) - 1 if best else -1])
+    record |= {"kept": run.settings.keep, "epochs_run": run.epoch}
+    if test is not None:
+        result = evaluate(run.model, test, amp=run.settings.amp)
+        record |= {f"test_{key}": value for key, value in result.to_json().items()}
+    hooks.on_end(record)
+    return [*run.history, record]
+
+
+def _warn_of_chance(run: Run, record: Record, hooks: Hooks) -> None:
+    """Say once that a network guesses: whoever says the same of each image has loss ln C."""
+    classes = run.classes
+    if run.warned or run.optimizer is None or classes < 2:
+        return
+    chance = math.log(classes)
+    if abs(record["train_loss"] - chance) < 0.005 * chance:
+        run.warned = True
+        hooks.on_note(
+            f"epoch {run.epoch}: the loss stayed at ln {classes} = {chance:.3f}, that of guessing; "
+            "if it goes on so, try a lower --lr (0.01), --init kaiming-normal, or another --opt"
+        )
 
 
 def _epoch(run: Run, train: Data, hooks: Hooks) -> Record:
@@ -212,6 +279,8 @@ def _epoch(run: Run, train: Data, hooks: Hooks) -> Record:
                 "--lr, or --clip-grad"
             )
         run.step += 1
+        if run.average is not None:
+            run.average.update(run.model, run.step)
         _add(run.sums, value, logits, batch[1])
         hooks.on_step(run.step, value)
         due = hooks.state_every and run.step % hooks.state_every == 0
@@ -219,10 +288,11 @@ def _epoch(run: Run, train: Data, hooks: Hooks) -> Record:
             _check_finite(run)
             hooks.on_state(run.state(hooks.memory()))
     sums, run.sums = run.sums, Sums()
+    mixed = mixes(run.settings)  # such an image is of two classes
     return {
         "lr": rate,
         "train_loss": sums.loss / sums.images,
-        "train_accuracy": sums.correct / sums.images,
+        "train_accuracy": None if mixed else sums.correct / sums.images,
     }
 
 
@@ -260,9 +330,16 @@ def channels_last(images: torch.Tensor) -> torch.Tensor:
     return found.as_strided(found.shape, strides)
 
 
+def _check_labels(highest: int, classes: int) -> None:
+    if highest >= classes:
+        raise DataError(f"the dataset has label {highest}, the network {classes} classes")
+
+
 def _step(run: Run, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
     images, labels = batch
-    settings = run.settings
+    settings, targets = run.settings, batch[1]
+    if mixes(settings):
+        images, targets = mix(images, labels, settings, run.epoch, run.sums.batches, run.classes)
     if settings.channels_last:
         images = channels_last(images)
     with torch.set_grad_enabled(run.optimizer is not None):
@@ -270,9 +347,14 @@ def _step(run: Run, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
             logits = run.model(images)
         if logits.dim() != 2:
             raise DataError(f"the network returns {list(logits.shape)}, expected (batch, classes)")
+        run.classes = logits.shape[1]
+        if not run.checked:
+            _check_labels(int(labels.max()), run.classes)
+        soft = targets.is_floating_point()  # mixed, and smoothed by that
         loss = nn.functional.cross_entropy(
-            logits.float(), labels, label_smoothing=settings.smoothing
-        )
+            logits.float(), targets, weight=run.weights,
+            label_smoothing=0.0 if soft else settings.smoothing,
+        )  # fmt: skip
     if run.optimizer is not None:
         run.optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]

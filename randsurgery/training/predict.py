@@ -12,7 +12,7 @@ from torch import nn
 from randsurgery.errors import IncompatibleError
 from randsurgery.surgery.ensembles import Ensemble
 from randsurgery.training.data import Data
-from randsurgery.training.evaluate import autocast
+from randsurgery.training.evaluate import autocast, evaluating
 from randsurgery.training.images import Failure
 
 
@@ -46,9 +46,7 @@ def predict(
 
     Raises IncompatibleError if the module's outputs are not (B, classes).
     """
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         for part in data.parts(batch_size):
             yield from part.failures
             if not part.indices:
@@ -66,8 +64,6 @@ def predict(
                     yield Prediction(
                         index, label, tuple(classes), tuple(probabilities), uncertainty
                     )
-    finally:
-        model.train(was_training)
 
 
 Unsure = list[tuple[float, float, float] | None]
