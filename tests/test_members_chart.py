@@ -24,7 +24,7 @@ KINDS = {  # bytes shared, and added by a member
 
 def report(count: int, shared: int, added: int, name: str = "m{}") -> MembersReport:
     rows = tuple(
-        MemberRow(name.format(i), added + 10 * i, added, DENSE, 5, 10, None, None, None)
+        MemberRow(name.format(i), added + 10 * i, added, DENSE, 5, 10, None, None, "test", None)
         for i in range(count)
     )
     size = shared + sum(row.bytes for row in rows)

@@ -35,8 +35,8 @@ from randsurgery.training.catalogue import DATASETS, input_for, recipe, recipe_n
 from randsurgery.training.data import Data, Resident, normalisation
 from randsurgery.training.datasets import folder_data, open_data
 from randsurgery.training.evaluate import evaluate
-from randsurgery.training.loop import Hooks, channels_last, fit, start
 from randsurgery.training.folders import read_folder
+from randsurgery.training.loop import Hooks, channels_last, fit, start
 from randsurgery.training.settings import TrainSettings
 from randsurgery.training.state import RunState, read_state, write_state
 

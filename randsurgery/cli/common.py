@@ -276,8 +276,8 @@ InitOption = Annotated[
     typer.Option(
         "--init",
         metavar="NAME",
-        help="signed-constant (default), kaiming-normal, kaiming-uniform, xavier-normal, "
-        "xavier-uniform or xavier-constant.",
+        help="signed-constant (default where masks are learned), kaiming-normal (where weights "
+        "are), kaiming-uniform, xavier-normal, xavier-uniform or xavier-constant.",
         rich_help_panel=MODEL,
     ),
 ]

@@ -57,7 +57,8 @@ Sched = Annotated[
 DecayEpochs = Annotated[
     list[int] | None,
     typer.Option(
-        min=1, metavar="N...",
+        min=1,
+        metavar="N...",
         help="step: lower the rate every N epochs; of several numbers, at these.",
         rich_help_panel=TRAINING,
     ),
@@ -65,7 +66,9 @@ DecayEpochs = Annotated[
 DecayMilestones = Annotated[
     list[int] | None,
     typer.Option(
-        min=1, metavar="N...", help="step: lower the rate after these epochs.",
+        min=1,
+        metavar="N...",
+        help="step: lower the rate after these epochs.",
         rich_help_panel=TRAINING,
     ),
 ]
@@ -79,9 +82,7 @@ MinRate = Annotated[
 ]
 Warmup = Annotated[
     int | None,
-    typer.Option(
-        min=0, help="Epochs in which the rate rises to --lr.", rich_help_panel=TRAINING
-    ),
+    typer.Option(min=0, help="Epochs in which the rate rises to --lr.", rich_help_panel=TRAINING),
 ]
 WarmupRate = Annotated[
     float | None,
@@ -96,7 +97,8 @@ ClipGrad = Annotated[
 ClassWeights = Annotated[
     str | None,
     typer.Option(
-        metavar="balanced", help="Let rare classes count as much as common ones in the loss.",
+        metavar="balanced",
+        help="Let rare classes count as much as common ones in the loss.",
         rich_help_panel=TRAINING,
     ),
 ]
@@ -130,43 +132,50 @@ ValSplit = Annotated[
 Keep = Annotated[
     str | None,
     typer.Option(
-        metavar="best|last", help="The epoch that is kept; best by validation accuracy. "
-        "Default: last.",
+        metavar="best|last",
+        help="The epoch that is kept; best by validation accuracy. Default: last.",
         rich_help_panel=VALIDATION,
     ),
 ]
 Patience = Annotated[
     int | None,
     typer.Option(
-        min=1, metavar="EPOCHS", help="Stop after so many without a better validation accuracy.",
+        min=1,
+        metavar="EPOCHS",
+        help="Stop after so many without a better validation accuracy.",
         rich_help_panel=VALIDATION,
     ),
 ]
 Crop = Annotated[
     int | None,
     typer.Option(
-        min=0, help="Random windows of images padded by so many pixels; 0: none.",
+        min=0,
+        help="Random windows of images padded by so many pixels; 0: none.",
         rich_help_panel=AUGMENTATION,
     ),
 ]
 Scale = Annotated[
     tuple[float, float] | None,
     typer.Option(
-        metavar="LOW HIGH", help="Random resized crops: shares of the area; 0.08 1.",
+        metavar="LOW HIGH",
+        help="Random resized crops: shares of the area; 0.08 1.",
         rich_help_panel=AUGMENTATION,
     ),
 ]
 Ratio = Annotated[
     tuple[float, float] | None,
     typer.Option(
-        metavar="LOW HIGH", help="Random resized crops: width by height; 0.75 1.3333.",
+        metavar="LOW HIGH",
+        help="Random resized crops: width by height; 0.75 1.3333.",
         rich_help_panel=AUGMENTATION,
     ),
 ]
 AutoAugment = Annotated[
     str | None,
     typer.Option(
-        "--aa", metavar="POLICY", help="timm's policies, such as rand-m9-mstd0.5.",
+        "--aa",
+        metavar="POLICY",
+        help="timm's policies, such as rand-m9-mstd0.5.",
         rich_help_panel=AUGMENTATION,
     ),
 ]

@@ -26,7 +26,7 @@ from randsurgery.format.writing import write_checkpoint
 from randsurgery.jobs import parts, runs
 from randsurgery.jobs.records import keep_base, metrics_path, write_settings
 from randsurgery.jobs.runs import Prepared, RunPlan, Technique
-from randsurgery.jobs.settling import training_options
+from randsurgery.jobs.settling import told
 from randsurgery.jobs.sources import flatten, in_memory
 from randsurgery.surgery import popup
 from randsurgery.surgery.ensembles import joined
@@ -41,7 +41,9 @@ from randsurgery.surgery.plans import (
     with_plan,
 )
 from randsurgery.surgery.popup import Popup
+from randsurgery.surgery.roles import has_norms
 from randsurgery.surgery.scores import resolve
+from randsurgery.training.catalogue import WITHOUT_NORMS_LR
 from randsurgery.training.loop import Hooks, Record
 from randsurgery.training.optimisation import check_settings
 from randsurgery.training.settings import TrainSettings
@@ -151,8 +153,8 @@ def prepare_build(plan: BuildPlan) -> PreparedBuild:
         each, total = _sizes(plan, start, shell)
         if plan.warmup:
             _check_whole(learned)
-            check_settings(_of_start(job.settings, plan.warmup))
-        settings = _settings(plan, kind)
+            check_settings(_of_start(job, shell, plan.warmup))
+        settings = _settings(replace(plan, run=job.plan), kind)
     return PreparedBuild(plan, replace(job, checkpoint=start), kind, learned, each, total, settings)
 
 
@@ -281,12 +283,15 @@ def run_build(job: PreparedBuild, hooks: Callable[[str], Hooks]) -> Built:
     return Built(output, size, records)
 
 
-def _of_start(settings: TrainSettings, epochs: int) -> TrainSettings:
-    """The settings under which the shared start is trained, to its last epoch."""
-    warmup = min(settings.warmup_epochs, epochs // 2)
+def _of_start(begin: Prepared, shell: nn.Module, epochs: int) -> TrainSettings:
+    """The settings under which the shared start is trained, to its last epoch: its weights are
+    learned, whatever its members learn."""
+    settings, lr = begin.settings, begin.settings.lr
+    if begin.plan.overrides.get("lr") is None and not has_norms(shell):
+        lr = min(lr, WITHOUT_NORMS_LR)
     return replace(
-        settings, epochs=epochs, decay_milestones=(), warmup_epochs=warmup, keep="last",
-        patience=None,
+        settings, epochs=epochs, lr=lr, min_lr=min(settings.min_lr, lr), decay_milestones=(),
+        warmup_epochs=min(settings.warmup_epochs, epochs // 2), keep="last", patience=None,
     )  # fmt: skip
 
 
@@ -308,7 +313,7 @@ def _warmed(
     path, begin = folder / f"{START}.safetensors", job.job
     all_of_it = with_plan(begin.checkpoint, everything(meta_module(begin.checkpoint)))
     if not done:
-        settings = _of_start(begin.settings, job.plan.warmup)
+        settings = _of_start(begin, meta_module(begin.checkpoint), job.plan.warmup)
         stage = replace(_stage(job, begin, path, settings), checkpoint=all_of_it)
         runs.carry_out(stage, _technique(job, lambda model: learn_plan(model, all_of_it)), hooks)
     warm = flatten(_read_part(path, begin, stack))
@@ -365,7 +370,7 @@ def _write_records(job: PreparedBuild, folder: Path) -> dict[str, Record]:
     write_atomically(metrics_path(output), iter(["".join(lines).encode()]))
     options = {
         **job.settings,
-        **training_options(job.job.settings),
+        **told(job.job.settings),
         **runs.options(job.job.plan),
         "kind": None if job.kind == "plan" else job.kind,
         "warmup_epochs": job.plan.warmup,  # the option's name

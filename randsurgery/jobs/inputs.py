@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -127,6 +128,16 @@ def look_for_file(recipe: Recipe, member: Member, dataset: str, options: DataOpt
         in_chans=channels if isinstance(channels, int) else None,
     )
     return look_for(SourceSpec(name), dataset, fixed)
+
+
+def look_facts(look: InputSpec) -> dict[str, Any]:
+    """Preprocessing as options say it."""
+    return {
+        "img_size": look.size[0],
+        "in_chans": look.channels,
+        "interpolation": look.interpolation,
+        "crop_pct": float.fromhex(look.crop),
+    }
 
 
 def native_size(arch: str) -> int:

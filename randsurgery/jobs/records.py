@@ -65,6 +65,7 @@ def write_settings(output: Path, settings: dict[str, Any], dataset: DatasetSpec)
     import yaml
 
     named = {key.replace("_", "-"): value for key, value in settings.items() if value is not None}
+    named.pop("val-seed", None)  # it is the seed
     if dataset.name != "folder":
         named["dataset"] = dataset.name
     text = yaml.safe_dump({key: named[key] for key in sorted(named)})

@@ -34,6 +34,7 @@ from randsurgery.format.writing import write_checkpoint
 from randsurgery.jobs.inputs import (
     DataOptions,
     describe,
+    look_facts,
     look_for,
     look_for_file,
     model_arguments,
@@ -49,7 +50,7 @@ from randsurgery.jobs.records import (
     with_provenance,
     write_settings,
 )
-from randsurgery.jobs.settling import Wish, settle, training_options
+from randsurgery.jobs.settling import Wish, settle, told
 from randsurgery.jobs.sources import SourceSpec, open_file, open_source, resolve_source
 from randsurgery.jobs.splits import Splits, check_classes, open_for_training
 from randsurgery.surgery.heads import (
@@ -64,6 +65,7 @@ from randsurgery.surgery.initialisers import Init
 from randsurgery.surgery.modules import build, harvest, meta_module
 from randsurgery.surgery.roles import has_norms
 from randsurgery.training.augmentation import check_augmentation
+from randsurgery.training.catalogue import recipe_name
 from randsurgery.training.data import Data, Resident
 from randsurgery.training.loop import Hooks, Record, check_choice, fit
 from randsurgery.training.settings import TrainSettings
@@ -210,8 +212,8 @@ def prepare(
         about = describe_head(checkpoint)
         assert about is not None
         notes.append(head_sentence(about))
-    settings, told = settle(wish, images.classes, norms=has_norms(meta_module(checkpoint)))
-    notes += told
+    settings, decided = settle(wish, images.classes, norms=has_norms(meta_module(checkpoint)))
+    notes += decided
     resident = isinstance(images.train, Resident)
     check_augmentation(settings, look, resident=resident, size=len(images.train))
     checkpoint = describe(checkpoint, look, images.dataset, images.classes, classes)
@@ -316,15 +318,14 @@ def carry_out(job: Prepared, technique: Technique, hooks: Hooks | None = None) -
             )  # fmt: skip
             model.eval()
             checkpoint = harvest(job.checkpoint, model.cpu(), scores=technique.scores)
-            settings = {**technique.settings, **job.settings.to_json()}
+            settings = {**technique.settings, **told(job.settings)}
             checkpoint = with_provenance(
                 checkpoint, technique.command, settings, records, images.to_json()
             )
             keep_base(checkpoint, job.output)
             size = write_checkpoint(job.output, checkpoint, force=plan.force)
-            told = {**technique.settings, **training_options(job.settings)}
-            told |= {**options(plan), **technique.options}
-            write_settings(job.output, told, job.dataset)
+            given = {**settings, **options(plan), **technique.options}
+            write_settings(job.output, given, job.dataset)
     except DivergedError as error:
         raise DivergedError(
             f"{error}; the last good state is {state_file}, --force begins anew over it"
@@ -437,6 +438,8 @@ def facts(job: Prepared, technique_facts: dict[str, Any], technique: Technique) 
         **job.images.to_json(),
         **technique_facts,
         **technique.settings,
-        **job.settings.to_json(),
+        "recipe": job.plan.recipe or recipe_name(job.dataset.name, job.images.classes),
+        **told(job.settings),
+        **look_facts(job.images.train.spec),
         **({} if state is None else {"resumed_after_step": state.step}),
     }

@@ -73,8 +73,9 @@ def _cropped(settings: TrainSettings, given: Mapping[str, Any]) -> TrainSettings
     return replace(settings, crop_padding=None) if resized else settings
 
 
-def training_options(settings: TrainSettings) -> dict[str, Any]:
-    """The settings as options of the command line, those that mean something."""
+def told(settings: TrainSettings) -> dict[str, Any]:
+    """The settings that mean something, as provenance and the settings file have them: Adam knows
+    no momentum."""
     found = settings.to_json()
     idle = {option[2:].replace("-", "_") for option in idle_options(settings, found)}
-    return {key: value for key, value in found.items() if key not in {*idle, "val_seed"}}
+    return {key: value for key, value in found.items() if key not in idle}

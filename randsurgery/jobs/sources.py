@@ -48,8 +48,8 @@ class SourceSpec:
 
     ``name``: a timm architecture (with ``pretrained`` or ``checkpoint`` for dense weights), a file
     of this format, or a Hub address that ``resolve_source`` turns into one of these. ``args``:
-    model arguments. ``init``, ``seed``: None is signed-constant and 0, and all that a file takes.
-    ``scaled_for``: k for scaled distributions. ``origin``, ``revision``: where
+    model arguments. ``init``, ``seed``: None is the default of what is done, and all that a file
+    takes. ``scaled_for``: k for scaled distributions. ``origin``, ``revision``: where
     ``checkpoint`` was fetched from, if it was.
     """
 

@@ -166,9 +166,8 @@ def test_part(folder: Folder) -> Part:
 
 def has_splits(root: str) -> bool:
     """True if a folder holds one that is named as a split."""
-    return os.path.isdir(root) and any(
-        part_of(entry.name) and entry.is_dir() for entry in os.scandir(root)
-    )
+    inside = os.listdir(root) if os.path.isdir(root) else []
+    return any(part_of(name) and os.path.isdir(os.path.join(root, name)) for name in inside)
 
 
 def hold_out(train: Data, share: str, seed: int) -> tuple[Data, Data]:
@@ -212,7 +211,10 @@ def _told(found: dict[str, Data], classes: Sequence[str], folder: Folder | None)
     skipped = sum(data.skipped for data in found.values())
     ends = [f"{skipped:,} unreadable skipped"] if skipped else []
     if folder is not None:
-        ends += [f"{count:,} in {part} have no label" for part, count in folder.unlabelled.items()]
+        for part, own in folder.folders.items():
+            count = folder.unlabelled.get(part, 0)
+            fault = f"has {count:,} images without labels" if count else "is empty"
+            ends += [f"{own}/ {fault}"] if part not in folder.splits else []
         ends += [text] if (text := folder.left_out_text()) else []
     line = ", ".join([*parts, f"{len(classes):,} classes"])
     return ["; ".join([line, *ends])]

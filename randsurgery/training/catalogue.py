@@ -10,10 +10,12 @@ from randsurgery.errors import UsageError, near
 from randsurgery.format.specs import CropMode, InputSpec, Interpolation
 from randsurgery.training.settings import TrainSettings
 
-# "cifar": Ramanujan et al., Section 4.1, CIFAR-10. "imagenet": the recipe of NVIDIA's ResNet-50
-# v1.5 that the section names, with random resized crops. The others are ours: few, small images;
-# flipping a digit makes another sign, the scans of digits are centred, so that cropping only slows
-# learning, and at 0.1 a resnet50's loss jumps.
+# "cifar": Ramanujan et al., Section 4.1, CIFAR-10; crop and flip are of their code,
+# hidden-networks. "imagenet": 100 epochs of cosine are the section's, the other numbers those of
+# NVIDIA's ResNet-50 v1.5, which it refers to; the five epochs of warm-up are hidden-networks',
+# NVIDIA warms up for larger batches only. The others are ours: few, small images; flipping a digit
+# makes another sign, the scans of digits are centred, so that cropping only slows learning, and at
+# 0.1 a resnet50's loss jumps.
 _CIFAR = TrainSettings()
 RECIPES: dict[str, TrainSettings] = {
     "cifar": _CIFAR,
@@ -57,7 +59,8 @@ def _grey(size: int, mean: float, std: float) -> Look:
 
 
 # Channel statistics of the training splits, for values in [0, 1]: the field's customary figures;
-# those of digits are ours. QMNIST's training images are MNIST's.
+# those of digits are ours. QMNIST's are MNIST's: its training images are reconstructions of those,
+# a few grey levels away.
 DATASETS: dict[str, Known] = {
     "digits": Known("digits", _grey(32, 0.305, 0.376), True),
     "torch/mnist": Known("mnist", _grey(28, 0.1307, 0.3081), True),

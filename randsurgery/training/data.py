@@ -143,7 +143,8 @@ class Resident:
 
     def _as_pictures(self, settings: TrainSettings) -> Streamed:
         shown = _Shown(self.images.cpu(), self.labels)
-        look = self.spec.model_copy(update={"crop": (1.0).hex(), "crop_mode": "center"})  # it is cut
+        cut = {"crop": (1.0).hex(), "crop_mode": "center"}  # the images are cut already
+        look = self.spec.model_copy(update=cut)
         return Streamed(
             shown, self.classes, look, self.images.device, settings.workers, self.where,
             known=self.labels,

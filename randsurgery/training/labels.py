@@ -189,8 +189,8 @@ def is_sorted(tree: Tree) -> bool:
 
 
 def _repeats(table: str, said: Mapping[str, Mapping[str, Row]], trees: Mapping[str, Tree]) -> bool:
-    """Whether a table gives the images of each folder a class of their own. If it does not, and
-    folders bear the names of its classes, one of both is wrong: raises DataError."""
+    """Whether a table gives the images of each folder that it names a class of their own. Raises
+    DataError for an image in a folder that bears the name of another of its classes."""
     if not all(is_sorted(trees[name]) for name, rows in said.items() if rows):
         return False
     classes: dict[str, set[str]] = {}
@@ -198,7 +198,6 @@ def _repeats(table: str, said: Mapping[str, Mapping[str, Row]], trees: Mapping[s
     for place, row in named:
         classes.setdefault(place.partition("/")[0], set()).add(row.label)
     labels = {row.label for _, row in named}
-    alone = len(labels) == len(classes) == sum(map(len, classes.values()))
     for place, row in named:
         inside = place.partition("/")[0]
         if inside in labels and inside != row.label:
@@ -206,8 +205,7 @@ def _repeats(table: str, said: Mapping[str, Mapping[str, Row]], trees: Mapping[s
                 f"{table}, line {row.line}: {row.path} is of class {row.label!r}, but lies in a "
                 f"folder named as the class {inside!r}; mend or remove the table, or move the image"
             )
-    every = {inside for name, rows in said.items() if rows for inside in trees[name].holding()}
-    return (alone and every <= classes.keys()) or classes.keys() <= labels
+    return len(labels) == len(classes) == sum(map(len, classes.values()))
 
 
 # --- reading -------------------------------------------------------------------------------------

@@ -114,7 +114,8 @@ def scan(
     """Everything in a folder, links followed. ``only``: which of the folders right in it are
     searched, by name; all by default. ``above``: the real paths of the folders around it.
 
-    Raises DataError for a folder that cannot be searched, a link back up, and a link to nothing.
+    Raises DataError for a folder that cannot be searched, a link back up, and a link
+    to nothing that is not named as an image.
     """
     real = os.path.realpath(path)
     if real in above:
@@ -146,8 +147,11 @@ def scan(
 def _add(tree: Tree, entry: os.DirEntry[str], wanted: bool) -> None:
     """Enter what is no folder. No call of the system for a regular file."""
     suffix = os.path.splitext(entry.name)[1].lower()
-    if not entry.is_file():
-        if entry.is_symlink() and wanted:
+    gone = entry.is_symlink() and not os.path.exists(entry.path)
+    if gone and suffix in suffixes():  # an image that cannot be read, as its reader will say
+        tree.images.append(File(entry.path, entry.inode()))
+    elif not entry.is_file():
+        if gone and wanted:
             raise DataError(
                 f"{entry.path}: a link to nothing; fetch what it leads to or remove the link"
             )
@@ -164,15 +168,23 @@ def _add(tree: Tree, entry: os.DirEntry[str], wanted: bool) -> None:
 def _numbered(files: list[File]) -> list[File]:
     """The files with true inode numbers: those that come with the names of a folder are made up by
     some network file systems, which one of them shows."""
-    if not files or os.stat(files[0].path).st_ino == files[0].inode:
+    if not files or _stat(files[0].path).st_ino == files[0].inode:
         return files
-    return [File(path, os.stat(path).st_ino) for path, _ in files]
+    return [File(path, _stat(path).st_ino) for path, _ in files]
+
+
+def _stat(path: str) -> os.stat_result:
+    """Of what a link leads to; of the link itself, if that is nothing."""
+    try:
+        return os.stat(path)
+    except FileNotFoundError:
+        return os.lstat(path)
 
 
 def identity(path: str) -> tuple[int, ...]:
     """What two paths have in common if and only if they lead to one file. The size and the time
     are for file systems without inode numbers, on which all files would be one."""
-    found = os.stat(path)
+    found = _stat(path)
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
