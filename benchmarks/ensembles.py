@@ -40,7 +40,7 @@ from randsurgery.surgery.modules import build, harvest, meta_module
 from randsurgery.surgery.plans import Freeze, make_plan, with_plan
 from randsurgery.surgery.popup import Popup
 from randsurgery.surgery.recipes import make_recipe
-from randsurgery.training.settings import input_for
+from randsurgery.training.catalogue import input_for
 
 CLASSES = 10
 KINDS = ("popup", "share", "fc")

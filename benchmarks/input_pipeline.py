@@ -16,9 +16,10 @@ import randsurgery
 from benchmarks.timing import Timings, in_turn, note, parser_for, report
 from randsurgery.surgery.learning import learn_plan
 from randsurgery.surgery.modules import build
+from randsurgery.training.catalogue import input_for
 from randsurgery.training.data import Resident
 from randsurgery.training.loop import Hooks, fit
-from randsurgery.training.settings import TrainSettings, input_for
+from randsurgery.training.settings import TrainSettings
 
 CLASSES = 10
 

@@ -37,15 +37,18 @@ from randsurgery.surgery.plans import (
     zero_filled,
 )
 from randsurgery.surgery.recipes import make_recipe
+from randsurgery.training.catalogue import input_for
 from randsurgery.training.data import Resident
 from randsurgery.training.datasets import open_data
 from randsurgery.training.loop import fit
-from randsurgery.training.settings import TrainSettings, input_for
+from randsurgery.training.settings import TrainSettings
 
 DATASET = "torch/fashion_mnist"
 SEEDS = (0, 1, 2)
 IMAGES = 20_000
 """The first so many training images: the rows are compared with each other, not with records."""
+VALIDATION = 2_000
+"""Those behind them, by which table4 chooses an optimiser."""
 
 
 @dataclass(frozen=True)
@@ -107,10 +110,12 @@ def rows_of(network: Network) -> dict[str, Row]:
 
 @dataclass
 class Splits:
-    """Training and test images, read once."""
+    """Training and test images, read once, and the training images behind those that are used, to
+    choose by."""
 
     train: Resident
     test: Resident
+    validation: Resident
     classes: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -118,13 +123,16 @@ class Splits:
 
     def only(self, labels: range) -> Splits:
         """The images of some classes, labelled from 0 on."""
-        return Splits(*(_of_classes(split, labels) for split in (self.train, self.test)))
+        return Splits(
+            *(_of_classes(split, labels) for split in (self.train, self.test, self.validation))
+        )
 
 
 def _of_classes(split: Resident, labels: range) -> Resident:
     chosen = (split.labels >= labels.start) & (split.labels < labels.stop)
     names = tuple(split.classes[label] for label in labels)
-    return Resident(split.images[chosen], split.labels[chosen] - labels.start, names, split.spec)
+    own = split.subset(chosen.nonzero()[0].tolist())
+    return replace(own, targets=own.targets - labels.start, classes=names)
 
 
 def load(data_dir: str) -> Splits:
@@ -135,8 +143,8 @@ def load(data_dir: str) -> Splits:
     test = open_data(spec, look, "test", data_dir=data_dir)
     assert isinstance(train, Resident)
     assert isinstance(test, Resident)
-    train = Resident(train.images[:IMAGES], train.labels[:IMAGES], train.classes, look)
-    return Splits(train, test)
+    held = range(IMAGES, IMAGES + VALIDATION)
+    return Splits(train.subset(range(IMAGES)), test, train.subset(held, "held out of train"))
 
 
 def planned(start: Checkpoint, row: Row, seed: int = 0) -> Checkpoint:

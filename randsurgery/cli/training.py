@@ -49,8 +49,8 @@ Momentum = Annotated[float | None, typer.Option(rich_help_panel=TRAINING)]
 Sched = Annotated[
     str | None,
     typer.Option(
-        help="cosine, step, poly, tanh, wsd, constant or none; step falls at 1/2 and 3/4 of the run "
-        "unless told otherwise.",
+        help="cosine, step, poly, tanh, wsd, constant or none; step falls at 1/2 and 3/4 of the "
+        "run unless told otherwise.",
         rich_help_panel=TRAINING,
     ),
 ]
@@ -124,8 +124,8 @@ ValSplit = Annotated[
     str | None,
     typer.Option(
         metavar="SHARE",
-        help="Hold out a share of the training images, such as 0.1, to validate on; the test images "
-        "are then seen once, at the end.",
+        help="Hold out a share of the training images, such as 0.1, to validate on; the test "
+        "images are then seen once, at the end.",
         rich_help_panel=VALIDATION,
     ),
 ]

@@ -82,8 +82,8 @@ class RunPlan:
     as they were. ``recipe``: the row of defaults, if not the dataset's. ``learns``: masks over
     weights that stay as they were drawn, or weights; defaults depend on it. ``head``: a fixed
     classifier to put in, with ``head_scale`` if that is given and not learned. ``resume``: a
-    state's path, or "auto" for the job's own if it is there. ``state_every``: steps between states besides each epoch's end, 0 for
-    none. ``log_to``: further records ("tensorboard").
+    state's path, or "auto" for the job's own if it is there. ``state_every``: steps between states
+    besides each epoch's end, 0 for none. ``log_to``: further records ("tensorboard").
     """
 
     source: SourceSpec

@@ -206,8 +206,8 @@ def _told(found: dict[str, Data], classes: Sequence[str], folder: Folder | None)
     for name in ("train", "validation", "test"):
         if (data := found.get(name)) is not None:
             images = f"{name} {len(data):,}" + (" images" if not parts else "")
-            own = name == "train" or not data.where
-            parts.append(images if own else f"{images} ({data.where})")
+            plain = name == "train" or not data.where
+            parts.append(images if plain else f"{images} ({data.where})")
     skipped = sum(data.skipped for data in found.values())
     ends = [f"{skipped:,} unreadable skipped"] if skipped else []
     if folder is not None:
