@@ -29,6 +29,9 @@ from randsurgery.training.state import RunState
 
 Record = dict[str, Any]
 
+CHANCE = 0.02
+"""The share of ln C by which each batch's loss may miss it, for a network that guesses."""
+
 
 @dataclass
 class Hooks:
@@ -54,6 +57,7 @@ class Sums:
     loss: float = 0.0
     correct: int = 0
     images: int = 0
+    off: float = 0.0  # the furthest that a batch's loss was from guessing's
 
 
 @dataclass
@@ -67,6 +71,7 @@ class Run:
     weights: torch.Tensor | None = None  # of the classes, in the loss
     average: Average | None = None
     best: dict[str, torch.Tensor] | None = None  # what the best epoch so far had learned
+    guessed: bool = False  # in the last epoch
     warned: bool = False
     checked: bool = False  # all labels are known to be classes of the network
     optimizer: torch.optim.Optimizer | None = None
@@ -197,7 +202,7 @@ def fit(
             run.history.append(record)
             if settings.keep == "best" and best_epoch(run.history) == run.epoch:
                 run.best = copied(model)
-        _warn_of_chance(run, record, hooks)
+        _warn_of_guessing(run, hooks)
         hooks.on_epoch(record)
         if hooks.on_state is not None:
             hooks.on_state(run.state(hooks.memory()))
@@ -247,17 +252,13 @@ def _concluded(run: Run, test: Data | None, validation: Data | None, hooks: Hook
     return [*run.history, record]
 
 
-def _warn_of_chance(run: Run, record: Record, hooks: Hooks) -> None:
+def _warn_of_guessing(run: Run, hooks: Hooks) -> None:
     """Say once that a network guesses: whoever says the same of each image has loss ln C."""
-    classes = run.classes
-    if run.warned or run.optimizer is None or classes < 2:
-        return
-    chance = math.log(classes)
-    if abs(record["train_loss"] - chance) < 0.005 * chance:
+    if run.guessed and not run.warned and run.optimizer is not None:
         run.warned = True
         hooks.on_note(
-            f"epoch {run.epoch}: the loss stayed at ln {classes} = {chance:.3f}, that of guessing; "
-            "if it goes on so, try a lower --lr (0.01), --init kaiming-normal, or another --opt"
+            f"epoch {run.epoch}: the loss stayed at ln {run.classes} = {math.log(run.classes):.3f},"
+            " that of guessing; try a lower --lr (0.01), --init kaiming-normal, or another --opt"
         )
 
 
@@ -282,11 +283,13 @@ def _epoch(run: Run, train: Data, hooks: Hooks) -> Record:
         if run.average is not None:
             run.average.update(run.model, run.step)
         _add(run.sums, value, logits, batch[1])
+        run.sums.off = max(run.sums.off, abs(value - math.log(run.classes)))
         hooks.on_step(run.step, value)
         due = hooks.state_every and run.step % hooks.state_every == 0
         if hooks.on_state is not None and due and run.sums.batches < run.steps:
             _check_finite(run)
             hooks.on_state(run.state(hooks.memory()))
+    run.guessed = run.sums.off < CHANCE * math.log(run.classes)
     sums, run.sums = run.sums, Sums()
     mixed = mixes(run.settings)  # such an image is of two classes
     return {
