@@ -23,7 +23,7 @@ import randsurgery as rs
 from randsurgery.cli.app import app
 from randsurgery.cli.options import RunOptions, plan_of
 from randsurgery.inspection.storage import storage
-from randsurgery.jobs.runs import RunPlan
+from randsurgery.jobs.preparing import RunPlan
 from randsurgery.jobs.sources import SourceSpec
 from randsurgery.jobs.train import prepare_train, run_train
 from randsurgery.training.loop import Hooks

@@ -15,7 +15,7 @@ from randsurgery.cli import common, training
 from randsurgery.cli.common import OUTPUT, TRAINING
 
 if TYPE_CHECKING:
-    from randsurgery.jobs.runs import RunPlan
+    from randsurgery.jobs.preparing import RunPlan
     from randsurgery.jobs.sources import SourceSpec
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -152,7 +152,7 @@ def source_of(source: str, run: RunOptions, scaled_for: Any = None) -> SourceSpe
 def plan_of(source: str, run: RunOptions, scaled_for: Any = None) -> RunPlan:
     """The job that the options describe."""
     from randsurgery.jobs.inputs import DataOptions
-    from randsurgery.jobs.runs import RunPlan
+    from randsurgery.jobs.preparing import RunPlan
 
     data = DataOptions(
         run.dataset, run.data_dir, run.dataset_download, run.num_classes, run.img_size,

@@ -10,7 +10,8 @@ from randsurgery.cli.common import note, print_json
 
 if TYPE_CHECKING:
     from randsurgery.cli.options import RunOptions
-    from randsurgery.jobs.runs import Prepared, Result
+    from randsurgery.jobs.preparing import Prepared
+    from randsurgery.jobs.runs import Result
     from randsurgery.training.loop import Hooks
 
 

@@ -11,7 +11,8 @@ Modules import only those above them in this list:
     inputs    how it sees them: dataset, preprocessing, device
     settling  the settings of training: defaults under what was given
     records   what is written beside the weights: provenance, metrics, downloaded bases
-    runs      what all training jobs share
+    preparing  what a training job is told, checked
+    runs      what all training jobs share: train, write, say what was done
     onnx      a network as an ONNX file
     init, freeze, popup, train, evaluate, predict, export, convert   one module a command
     parts     the folder in which a build keeps its members

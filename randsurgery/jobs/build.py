@@ -24,8 +24,9 @@ from randsurgery.format.members import check_names, renamed
 from randsurgery.format.recipe import Plan, RandomSource
 from randsurgery.format.writing import write_checkpoint
 from randsurgery.jobs import parts, runs
+from randsurgery.jobs.preparing import Prepared, RunPlan, closing_on_error, prepare
 from randsurgery.jobs.records import keep_base, metrics_path, write_settings
-from randsurgery.jobs.runs import Prepared, RunPlan, Technique
+from randsurgery.jobs.runs import Technique
 from randsurgery.jobs.settling import told
 from randsurgery.jobs.sources import flatten, in_memory
 from randsurgery.surgery import popup
@@ -134,9 +135,9 @@ def prepare_build(plan: BuildPlan) -> PreparedBuild:
     if resumes not in (None, "auto"):
         raise UsageError(f"--resume {resumes}: a build is resumed by auto, from its own parts")
     label = f"ensemble-{plan.kind or 'plan'}"
-    with runs.closing_on_error() as stack:
+    with closing_on_error() as stack:
         run = replace(plan.run, resume=None, learns="masks" if plan.kind == "popup" else "weights")
-        job = runs.prepare(run, stack, label, flat=False)
+        job = prepare(run, stack, label, flat=False)
         parts.check_folder(
             parts.parts_folder(job.output), resume=plan.run.resume is not None, force=plan.run.force
         )

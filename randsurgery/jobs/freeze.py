@@ -11,6 +11,7 @@ from randsurgery.format.checkpoint import Checkpoint
 from randsurgery.format.container import check_network, check_not_input
 from randsurgery.format.writing import write_checkpoint
 from randsurgery.jobs import runs
+from randsurgery.jobs.preparing import closing_on_error
 from randsurgery.jobs.records import keep_base, with_provenance
 from randsurgery.jobs.sources import SourceSpec, masked_tensors, open_source, resolve_source
 from randsurgery.surgery.heads import (
@@ -87,7 +88,7 @@ def prepare_freeze(plan: FreezePlan) -> PreparedFreeze:
     plan = replace(plan, source=source)
     stem = Path(source.name).stem if source.is_file else source.name
     output = Path(plan.output or f"{stem}-plan.safetensors")
-    with runs.closing_on_error() as stack:
+    with closing_on_error() as stack:
         made = stack.enter_context(_opened(source))
         revived = masked_tensors(made.recipe, made.member()) if plan.wish.slices else set()
         if plan.head is not None:

@@ -16,7 +16,8 @@ from randsurgery.format.checkpoint import Checkpoint
 from randsurgery.format.container import check_not_input
 from randsurgery.format.masks import Mask
 from randsurgery.jobs import runs
-from randsurgery.jobs.runs import Prepared, Result, RunPlan, Technique
+from randsurgery.jobs.preparing import Prepared, RunPlan, closing_on_error, prepare
+from randsurgery.jobs.runs import Result, Technique
 from randsurgery.jobs.sources import SourceSpec, has_factors, masked_tensors, masks_of
 from randsurgery.surgery import popup, scores, supermask
 from randsurgery.surgery.initialisers import kept_count
@@ -91,9 +92,9 @@ def prepare_popup(plan: PopupPlan) -> PreparedPopup:
         return settings if plan.learns else replace(settings, epochs=1)
 
     rethresholds = isinstance(wish, FixedMasks) and wish.mask_from is None
-    with runs.closing_on_error() as stack:
+    with closing_on_error() as stack:
         run = replace(plan.run, learns="masks")
-        job = runs.prepare(run, stack, _label(wish), flat=not rethresholds, defaults=defaults)
+        job = prepare(run, stack, _label(wish), flat=not rethresholds, defaults=defaults)
         if isinstance(wish, FixedMasks):
             check_not_input(job.output, [wish.mask_from])
             notes = (*job.notes, *_scaling_notes(job.checkpoint, wish))

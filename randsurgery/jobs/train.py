@@ -9,7 +9,8 @@ from torch import nn
 
 from randsurgery.format.recipe import Learned, Plan
 from randsurgery.jobs import runs
-from randsurgery.jobs.runs import Prepared, Result, RunPlan, Technique
+from randsurgery.jobs.preparing import Prepared, RunPlan, closing_on_error, prepare
+from randsurgery.jobs.runs import Result, Technique
 from randsurgery.jobs.sources import masked_tensors
 from randsurgery.surgery.heads import fixed_heads
 from randsurgery.surgery.learning import learn_plan, survivor_counts
@@ -21,8 +22,8 @@ from randsurgery.training.loop import Hooks
 def prepare_train(plan: RunPlan) -> Prepared:
     """Check everything a training job needs, and settle its plan. Raises RandsurgeryError; writes
     nothing. The job's checkpoint is to be closed by the caller."""
-    with runs.closing_on_error() as stack:
-        job = runs.prepare(plan, stack, "trained", flat=False)
+    with closing_on_error() as stack:
+        job = prepare(plan, stack, "trained", flat=False)
         return replace(job, checkpoint=_planned(job))
 
 
