@@ -338,7 +338,9 @@ Dataset = Annotated[
 DataDir = Annotated[
     str | None,
     typer.Option(
-        metavar="FOLDER", help="Where the dataset lies; alone, a folder of images.",
+        metavar="FOLDER",
+        help="Where the dataset lies; alone, a folder of images: train/CLASS, and test/CLASS or "
+        "validation/CLASS, or labels.csv.",
         rich_help_panel=DATA,
     ),
 ]  # fmt: skip

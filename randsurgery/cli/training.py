@@ -175,17 +175,24 @@ AutoAugment = Annotated[
     typer.Option(
         "--aa",
         metavar="POLICY",
-        help="timm's policies, such as rand-m9-mstd0.5.",
+        help="timm's policies, such as rand-m9-mstd0.5 (without colour jitter beside them).",
         rich_help_panel=AUGMENTATION,
     ),
 ]
 Erasing = Annotated[
     float | None,
-    typer.Option("--reprob", help="Of random erasing, an image.", rich_help_panel=AUGMENTATION),
+    typer.Option(
+        "--reprob",
+        help="The share of images of which a part is erased.",
+        rich_help_panel=AUGMENTATION,
+    ),
 ]
-Mixup = Annotated[float | None, typer.Option(help="Its alpha.", rich_help_panel=AUGMENTATION)]
+Mixup = Annotated[
+    float | None, typer.Option(help="Mixup's alpha; 0: none.", rich_help_panel=AUGMENTATION)
+]
 CutMix = Annotated[
-    float | None, typer.Option("--cutmix", help="Its alpha.", rich_help_panel=AUGMENTATION)
+    float | None,
+    typer.Option("--cutmix", help="CutMix's alpha; 0: none.", rich_help_panel=AUGMENTATION),
 ]
 Flip = Annotated[
     bool | None,

@@ -10,13 +10,18 @@ from randsurgery.inspection.pictures import save
 
 def plot_curves(records: list[dict[str, Any]], path: str | os.PathLike[str]) -> None:
     """Loss and accuracy by epoch, and what else a technique records (flipped mask bits, the scale
-    of a fixed classifier), to a .png, .svg or .pdf file. Raises OutputError."""
+    of a fixed classifier), to a .png, .svg or .pdf file. The last record of a run that was
+    validated, that of what was kept, is a point, not an epoch. Raises OutputError."""
     from matplotlib.figure import Figure
 
+    kept = next((record for record in records if "kept" in record), None)
+    records = [record for record in records if "kept" not in record]
+    validated = any("val_accuracy" in record for record in records)
+    which, words = ("val", "validation") if validated else ("test", "test")
     epochs = [record["epoch"] for record in records]
     panels: list[tuple[str, list[tuple[str, str]]]] = [
-        ("cross entropy", [("train_loss", "training"), ("test_loss", "test")]),
-        ("accuracy", [("train_accuracy", "training"), ("test_accuracy", "test")]),
+        ("cross entropy", [("train_loss", "training"), (f"{which}_loss", words)]),
+        ("accuracy", [("train_accuracy", "training"), (f"{which}_accuracy", words)]),
     ]
     for key, title in (
         ("flipped", "share of mask bits flipped"),
@@ -31,6 +36,11 @@ def plot_curves(records: list[dict[str, Any]], path: str | os.PathLike[str]) -> 
             values = [record.get(key) for record in records]
             shown = [float("nan") if value is None else value for value in values]
             axes.plot(epochs, shown, marker="o", markersize=3, label=label)
+        tested = lines[-1][0].replace("val_", "test_")
+        if kept is not None and tested.startswith("test_") and kept.get(tested) is not None:
+            axes.plot(
+                [kept["epoch"]], [kept[tested]], "D", color="black", label="test (kept epoch)"
+            )
         axes.set_xlabel("epoch")
         axes.set_ylabel(title)
         axes.grid(alpha=0.3)

@@ -1,4 +1,4 @@
-"""What a training job is told, and the check of all that it needs; nothing is trained or written."""
+"""What a training job is told, and the check of all that it needs; nothing is trained yet."""
 
 from __future__ import annotations
 

@@ -155,13 +155,14 @@ def _of_folder(asked: Request, folder: Folder) -> tuple[dict[str, Data], Dataset
 def test_part(folder: Folder) -> Part:
     """Which split of a folder is tested on: a test folder, else the validation folder. Raises
     DataError, naming the folders that are there."""
-    if "test" not in folder.splits:
-        if "validation" in folder.splits:
-            return "validation"
-        if "test" not in folder.folders:
-            raise folder.no_split("validation", "test")
-    folder.split("test")
-    return "test"
+    if "test" in folder.splits:
+        return "test"
+    if "validation" not in folder.splits:
+        for part in ("validation", "test"):  # there, without labels or images
+            if part in folder.folders:
+                folder.split(part)
+        raise folder.no_split("validation", "test")
+    return "validation"
 
 
 def has_splits(root: str) -> bool:
@@ -213,7 +214,8 @@ def _told(found: dict[str, Data], classes: Sequence[str], folder: Folder | None)
     if folder is not None:
         for part, own in folder.folders.items():
             count = folder.unlabelled.get(part, 0)
-            fault = f"has {count:,} images without labels" if count else "is empty"
+            what = "1 image" if count == 1 else f"{count:,} images"
+            fault = f"has {what} without labels" if count else "is empty"
             ends += [f"{own}/ {fault}"] if part not in folder.splits else []
         ends += [text] if (text := folder.left_out_text()) else []
     line = ", ".join([*parts, f"{len(classes):,} classes"])
