@@ -156,7 +156,7 @@ def plan_of(source: str, run: RunOptions, scaled_for: Any = None) -> RunPlan:
 
     data = DataOptions(
         run.dataset, run.data_dir, run.dataset_download, run.num_classes, run.img_size,
-        run.in_chans, run.crop_pct, run.interpolation, run.any_classes, run.skip_bad,
+        run.in_chans, run.crop_pct, run.interpolation, run.any_classes, run.skip_bad, common.note,
     )  # fmt: skip
     kind, scale = head_of(run.head, run.head_scale)
     return RunPlan(

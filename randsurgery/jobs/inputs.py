@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -27,7 +27,8 @@ from randsurgery.training.folders import Part
 
 @dataclass(frozen=True)
 class DataOptions:
-    """What the user said of the data. None: recorded in the file, else the dataset's default."""
+    """What the user said of the data. None: recorded in the file, else the dataset's default.
+    ``say``: told of what takes a while."""
 
     dataset: str | None = None
     data_dir: str | None = None
@@ -39,6 +40,7 @@ class DataOptions:
     interpolation: str | None = None
     any_classes: bool = False
     skip_bad: bool = False
+    say: Callable[[str], None] = field(default=lambda _: None, compare=False)
 
     def request(
         self,
@@ -51,7 +53,7 @@ class DataOptions:
         """What is to be opened. ``known``: the class names of the file that will see it."""
         return Request(
             dataset, look, self.data_dir, self.download, device, workers, known,
-            self.any_classes, self.skip_bad,
+            self.any_classes, self.skip_bad, say=self.say,
         )  # fmt: skip
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -24,6 +24,9 @@ from randsurgery.training.layouts import part_of
 HELD_OUT = "held out of train"
 """Where held-out validation images come from, for people."""
 
+MANY = 20_000
+"""Images that take a while to check."""
+
 Classes = tuple[str, ...]
 
 
@@ -33,7 +36,8 @@ class Request:
 
     ``known``: the class names of the file that will see the images. ``any_classes``: other names
     are taken by their numbers. ``val_split``, ``val_seed``: the share of the training images that
-    is held out. ``skip_bad``: go on without images that cannot be read.
+    is held out. ``skip_bad``: go on without images that cannot be read. ``say``: told of what
+    takes a while.
     """
 
     dataset: DatasetSpec
@@ -47,6 +51,7 @@ class Request:
     skip_bad: bool = False
     val_split: str | None = None
     val_seed: int = 0
+    say: Callable[[str], None] = field(default=lambda _: None, compare=False)
 
 
 @dataclass(frozen=True)
@@ -340,11 +345,12 @@ def _readable(found: dict[str, Data], asked: Request, *, scan: bool) -> dict[str
     an evaluation tells them itself."""
     if not scan and not asked.skip_bad:
         return found
-    bad = {
-        name: unreadable(data.paths, data.spec)
-        for name, data in found.items()
-        if isinstance(data, Streamed) and data.paths
+    files = {
+        name: data for name, data in found.items() if isinstance(data, Streamed) and data.paths
     }
+    if (count := sum(map(len, files.values()))) >= MANY:
+        asked.say(f"checking {count:,} images")
+    bad = {name: unreadable(data.paths, data.spec) for name, data in files.items()}
     if not any(bad.values()):
         return found
     if not asked.skip_bad:

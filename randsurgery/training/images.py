@@ -29,6 +29,10 @@ MAX_PIXELS = 1 << 28
 """Pixels of a resized image, before it is cropped: a very long one would take all memory."""
 
 
+CHECKED_AT_ONCE = 10_000
+"""Images that wait for a thread."""
+
+
 @dataclass(frozen=True)
 class Failure:
     """An image without a result: its index in the split, and why."""
@@ -98,6 +102,7 @@ def unreadable(paths: Sequence[str], look: InputSpec, *, cropped: bool = False) 
     """The image files that cannot be shown, in order; each is decoded, JPEGs coarsely, on as many
     threads as there are cores. ``cropped``: only a part of each will be resized."""
     mode, side = image_mode(look), 0.0 if cropped else resized_side(look)
+    found: list[Failure] = []
 
     def fault(index: int) -> Failure | None:
         try:
@@ -113,8 +118,10 @@ def unreadable(paths: Sequence[str], look: InputSpec, *, cropped: bool = False) 
     with warnings.catch_warnings():  # here, since threads may not change filters
         warnings.simplefilter("ignore")
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            found = list(pool.map(fault, range(len(paths))))
-    return [one for one in found if one is not None]
+            for start in range(0, len(paths), CHECKED_AT_ONCE):  # the pool keeps what is to be done
+                here = range(start, min(start + CHECKED_AT_ONCE, len(paths)))
+                found += [one for one in pool.map(fault, here) if one is not None]
+    return found
 
 
 def open_image(path: str) -> BinaryIO:
