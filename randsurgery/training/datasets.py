@@ -85,7 +85,8 @@ def folder_data(
     if strange := sorted(set(listing.labels) - set(index)):
         raise DataError(
             f"{folder.root} ({listing.where}): {strange[0]!r} is not one of the {len(classes)} "
-            "known classes" + near(strange[0], classes)
+            f"known classes{near(strange[0], classes)}; rename the folder, or pass --any-classes "
+            "to go by their numbers"
         )
     labels = np.array([index[name] for name in listing.labels], dtype=np.int64)
     pictures = Pictures(Paths(listing.paths, labels.tolist()), image_mode(look))
