@@ -12,7 +12,7 @@ from typing import Any
 from unicodedata import normalize
 
 import pytest
-from folder_helpers import CLASSES, COUNTS, LAYOUTS, Part, every_image, put, truth, write
+from folder_helpers import CLASSES, COUNTS, LAYOUTS, Part, every_image, image, put, truth, write
 from timm.data.readers.reader_image_folder import find_images_and_targets
 from timm.utils.misc import natural_key
 
@@ -217,12 +217,13 @@ def test_no_split_takes_the_place_of_another(root: Path) -> None:
         folder.split("validation")
     assert checked(caught.value) == (
         "photos: no validation split: found train/, extra/, valdation/ (near: validation); "
-        "expected a folder named val, valid, validation, eval or evaluation"
+        "expected a folder named val, valid, validation, eval or evaluation; to train without one, "
+        "--val-split 0.1 holds images out of train"
     )
     assert str(folder.no_split("validation", "test")) == (
         "photos: no validation or test split: found train/, extra/, valdation/ "
         "(near: validation); expected a folder named val, valid, validation, eval, evaluation, "
-        "test or testing"
+        "test or testing; to train without one, --val-split 0.1 holds images out of train"
     )
     with pytest.raises(DataError, match="no test split"):
         folder.split("test")
@@ -866,10 +867,10 @@ def test_images_that_a_table_does_not_name_are_left_out(root: Path) -> None:
         ("path,class\nlabels.csv,cat\n", ["line 2: labels.csv is no image by its name"]),
         ("path,class\nin,cat\n", ["line 2: in is no image by its name"]),
         ("path,class\na.png\0,cat\n", ["labels.csv"]),
-        ("id,breed\na,cat\n",
+        ("key,kind\na,cat\n",
          ["labels.csv: expected a header with a column of paths (path, file, filename, file_name, "
           "name, image, image_path) and one of classes (class, label, category, class_name, "
-          "target), found 'id', 'breed'"]),
+          "target), found 'key', 'kind'"]),
         ("ab.png,cat\n", ["labels.csv: expected a header", "found 'ab.png', 'cat'"]),
         ("a.png,cat,1\n", ["labels.csv: expected a header", "found 'a.png', 'cat', '1'"]),
         ("path|class\na.png|cat\n", ["found 'path|class'"]),
@@ -1015,3 +1016,41 @@ def test_a_split_may_have_a_table_where_another_has_class_folders(root: Path) ->
 
 def test_the_helpers_write_the_whole_set() -> None:
     assert len(truth()) == 2 * len(list(every_image())) == 2 * 30
+
+
+# --- tables of Kaggle and others -----------------------------------------------------------------
+
+
+def table_of(root: Path, text: str) -> None:
+    for index in range(4):
+        content = image("train", CLASSES[index % 2], index // 2)
+        put(root / f"pictures/im{index}.png", content)
+    put(root / "labels.csv", text)
+
+
+@pytest.mark.parametrize("header", ["id,breed", "image_id,label", "id,class"])
+def test_ids_without_a_suffix_are_images(root: Path, header: str) -> None:
+    lines = "".join(f"pictures/im{i},{'ab'[i % 2]}\n" for i in range(4))
+    table_of(root, f"{header}\n{lines}")
+    found = read_folder("photos").split("train")
+    assert [os.path.basename(path) for path in found.paths] == [f"im{i}.png" for i in range(4)]
+    assert found.labels == ("a", "b", "a", "b")
+
+
+def test_an_id_beside_a_path_is_no_path(root: Path) -> None:
+    lines = "".join(f"{i},pictures/im{i}.png,{'ab'[i % 2]}\n" for i in range(4))
+    table_of(root, f"id,filename,class\n{lines}")
+    assert len(read_folder("photos").split("train").paths) == 4
+
+
+def test_absolute_paths_into_the_folder_are_read(root: Path) -> None:
+    lines = "".join(f"{root.resolve()}/pictures/im{i}.png,{'ab'[i % 2]}\n" for i in range(4))
+    table_of(root, f"path,class\n{lines}")
+    assert len(read_folder("photos").split("train").paths) == 4
+
+
+@pytest.mark.parametrize("name", ["is_train", "fold", "Phase", "is_valid"])
+def test_columns_that_may_be_splits_are_refused(root: Path, name: str) -> None:
+    lines = "".join(f"pictures/im{i}.png,{'ab'[i % 2]},{i % 2}\n" for i in range(4))
+    table_of(root, f"path,class,{name}\n{lines}")
+    refused(root, f"the column {name} may say which image is of which split; rename it to split")

@@ -26,7 +26,8 @@ from randsurgery.errors import DataError, UsageError
 from randsurgery.format.generator import permutation
 from randsurgery.format.recipe import Member
 from randsurgery.format.specs import DatasetSpec, InputSpec
-from randsurgery.jobs.splits import Request, hold_out, open_for_evaluation, open_for_training
+from randsurgery.jobs.holdout import hold_out
+from randsurgery.jobs.splits import Request, open_for_evaluation, open_for_training
 from randsurgery.training.data import Data, Resident
 from randsurgery.training.folders import read_folder
 
@@ -182,9 +183,8 @@ def test_a_file_tested_on_a_test_folder_is_not_tested_on_validation_images() -> 
     assert said("eval", "o.safetensors", "--data-dir", "d")["images"] == 4
     assert said("eval", "o.safetensors", "--data-dir", "d", "--split", "val")["images"] == 6
     shutil.rmtree("d/test")
-    assert "no test split: found train/, val/" in refused(
-        5, "eval", "o.safetensors", "--data-dir", "d"
-    )
+    line = refused(5, "eval", "o.safetensors", "--data-dir", "d")
+    assert "tested on a test folder, so val/ is not taken for one" in line
 
 
 @pytest.mark.parametrize("how", ["symlink", "folder", "hard link"])
@@ -263,6 +263,89 @@ def test_a_class_of_one_image_cannot_be_held_out() -> None:
     assert "class emu has 1 training image" in refused(
         5, "train", *SMALL, "--data-dir", "d", "--val-split", "0.5"
     )
+
+
+@pytest.mark.parametrize("link", ["symlink", "hard link"])
+def test_links_to_one_image_are_on_one_side(link: str) -> None:
+    pets(train=12, test=3)
+    for path in sorted(Path("d/train").glob("*/*.png")):
+        other = path.with_name(f"zz{path.name}")
+        if link == "symlink":
+            other.symlink_to(path.name)
+        else:
+            os.link(path, other)
+    for seed in range(5):
+        found = open_for_training(asked(val_split="0.3", val_seed=seed))
+        assert found.validation is not None
+        sides = [{os.stat(path).st_ino for path in part.paths}
+                 for part in (found.train, found.validation)]  # fmt: skip
+        assert not sides[0] & sides[1]
+        assert [len(side) for side in sides] == [18, 6]
+        assert len(found.train) + len(found.validation) == 48
+
+
+def test_what_was_held_out_is_known_again_or_refused() -> None:
+    pets(train=10, test=4)
+    shutil.copytree("d", "e")
+    held = ("--val-split", "0.2")
+    succeed("train", *SMALL, "--data-dir", "d", *held, "-o", "o.safetensors")
+    metrics = provenance()["metrics"]
+    for root in ("d", "e", "./e/"):
+        found = said("eval", "o.safetensors", "--data-dir", root, "--split", "val")
+        assert found["accuracy"] == metrics["val_accuracy"]
+    write_images(Path("more"), {"cat": 40}, size=16, seed=9)
+    shutil.copy("more/cat/0.png", "e/train/cat/new0.png")
+    assert said("eval", "o.safetensors", "--data-dir", "e", "--split", "val")["images"] == 4
+    assert "not those" in refused(
+        4, "eval", "o.safetensors", "--data-dir", "e", "--split", "train"
+    )  # the new one is none
+    for path in Path("more/cat").iterdir():
+        shutil.copy(path, f"e/train/cat/new{path.name}")
+    for split in ("val", "train"):
+        line = refused(4, "eval", "o.safetensors", "--data-dir", "e", "--split", split)
+        assert "its training images are not those that the file was trained on" in line
+    assert said("eval", "o.safetensors", "--data-dir", "e")["images"] == 8
+    succeed("ensemble", "build", *SMALL, "--data-dir", "d", *held, "--members", 2, "--kind", "full",
+            "-o", "b.safetensors")  # fmt: skip
+    assert "not those" in refused(4, "ensemble", "calibrate", "b.safetensors", "--data-dir", "e")
+    assert said("ensemble", "calibrate", "b.safetensors", "--data-dir", "d")["images"] == 4
+    result = succeed("ensemble", "eval", "b.safetensors", "--data-dir", "d", "--split", "val")
+    assert "too good" in result.stderr
+
+
+def test_a_folders_test_images_that_fitted_a_temperature_are_left_out() -> None:
+    pets(train=10, test=10)
+    shutil.copytree("d", "e")
+    write_images(Path("more"), {"cat": 1}, size=16, seed=9)
+    shutil.copy("more/cat/0.png", "e/test/cat/new.png")
+    succeed("ensemble", "build", *SMALL, "--data-dir", "d", "--members", 2, "--kind", "full",
+            "-o", "b.safetensors")  # fmt: skip
+    assert said("ensemble", "calibrate", "b.safetensors", "--data-dir", "d")["images"] == 4
+    found = said("ensemble", "eval", "b.safetensors", "--data-dir", "d")
+    assert (found["images"], found["left_out"]) == (16, 4)
+    assert said("eval", "b.safetensors", "--member", "m0", "--data-dir", "d")["images"] == 16
+    assert said("ensemble", "eval", "b.safetensors", "--data-dir", "e")["images"] == 21
+    succeed("ensemble", "calibrate", "b.safetensors", "--data-dir", "d", "--share", "1")
+    assert "none is left" in refused(2, "ensemble", "eval", "b.safetensors", "--data-dir", "d")
+
+
+def test_skipped_images_are_counted_once() -> None:
+    pets(train=10, test=4)
+    Path("d/train/cat/3.png").write_bytes(b"")
+    result = succeed("train", *SMALL, "--data-dir", "d", "--val-split", "0.2", "--skip-bad", "-o",
+                     "o.safetensors")  # fmt: skip
+    assert "; 1 unreadable skipped" in result.stderr
+    assert provenance()["data"]["train_skipped"] == 1
+    assert "validation_skipped" not in provenance()["data"]
+
+
+def test_folders_beside_the_splits_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    pets(train=10, vall=3)
+    result = succeed("train", *SMALL, "--data-dir", "d", "--val-split", "0.2", "--dry-run")
+    assert "vall/ is not looked into" in result.stderr
+    monkeypatch.setenv("HOME", str(Path().resolve()))
+    result = succeed("train", *SMALL, "--data-dir", "~/d", "--val-split", "0.2", "--dry-run")
+    assert "train 16 images" in result.stderr
 
 
 def test_a_validation_folder_and_a_hold_out_exclude_each_other() -> None:

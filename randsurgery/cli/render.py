@@ -242,7 +242,7 @@ def training_progress(epochs: int) -> Iterator[Hooks]:
         )
 
     def on_end(record: dict[str, Any]) -> None:
-        note(kept(record, epochs))
+        note(kept(record))
 
     with bar:
         yield Hooks(
@@ -259,9 +259,9 @@ def seen(record: dict[str, Any]) -> str:
     return "" if found is None else f", {name} accuracy {found:.2%}"
 
 
-def kept(record: dict[str, Any], epochs: int) -> str:
+def kept(record: dict[str, Any]) -> str:
     """Which epoch was kept, and why the run ended."""
-    ran = record["epochs_run"]
+    ran, epochs = record["epochs_run"], record["epochs"]
     early = f"stopped after {ran} of {epochs} epochs; " if ran < epochs else ""
     why = "the best by validation accuracy" if record["kept"] == "best" else "the last"
     return f"{early}kept: epoch {record['epoch']}, {why}"
@@ -288,9 +288,7 @@ def stages_progress(epochs: int) -> Iterator[Callable[[str], Hooks]]:
                     f"{name}: epoch {record['epoch']}, train loss {record['train_loss']:.3f}"
                     f"{seen(record)}"
                 ),
-                on_end=lambda record: note(
-                    f"{name}: {kept(record, epochs)}, {final_accuracy(record)}"
-                ),
+                on_end=lambda record: note(f"{name}: {kept(record)}; {final_accuracy(record)}"),
             )
 
         yield stage

@@ -92,6 +92,8 @@ def evaluate(
     with render.image_progress(None) as advance:
         found = run_eval(plan, advance)
     common.say_shown(found.shown, "evaluating on digits", found.left_out)
+    if found.flattering:
+        note("a temperature was fitted on these images: its figures are too good")
     if found.ood_told:
         note(found.ood_told)
     if json:

@@ -89,10 +89,10 @@ WarmupRate = Annotated[
     typer.Option("--warmup-lr", help="Where it rises from; 1e-5.", rich_help_panel=TRAINING),
 ]
 Smoothing = Annotated[
-    float | None, typer.Option(min=0, max=1, help="Label smoothing.", rich_help_panel=TRAINING)
+    float | None, typer.Option(help="Label smoothing, in [0, 1).", rich_help_panel=TRAINING)
 ]
 ClipGrad = Annotated[
-    float | None, typer.Option(min=0, help="Gradient norm bound.", rich_help_panel=TRAINING)
+    float | None, typer.Option(help="Gradient norm bound, above 0.", rich_help_panel=TRAINING)
 ]
 ClassWeights = Annotated[
     str | None,

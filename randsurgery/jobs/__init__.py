@@ -7,6 +7,7 @@ Modules import only those above them in this list:
 
     hub       files from the Hugging Face Hub
     sources   where a network comes from: an architecture, dense weights, a file
+    holdout   training images held out to validate on, and known again
     splits    which images it sees: splits, what is held out of them, their classes
     inputs    how it sees them: dataset, preprocessing, device
     settling  the settings of training: defaults under what was given

@@ -19,11 +19,15 @@ from randsurgery.format.recipe import Learned, Member, MemberTensor, SliceOverla
 from randsurgery.format.specs import Calibration, DatasetSpec
 from randsurgery.format.tensors import hex_float
 from randsurgery.format.writing import write_checkpoint
+from randsurgery.jobs.holdout import fingerprint, held_out
 from randsurgery.jobs.hub import local_file
 from randsurgery.jobs.inputs import (
+    CALIBRATED,
+    HELD_OUT_SPLIT,
     DataOptions,
     Shown,
     calibration_images,
+    flattering,
     look_for_file,
     open_split,
     pick_device,
@@ -31,7 +35,7 @@ from randsurgery.jobs.inputs import (
     unfitted,
 )
 from randsurgery.jobs.members import in_place
-from randsurgery.jobs.splits import held_out, open_outside
+from randsurgery.jobs.splits import FINGERPRINT, open_outside
 from randsurgery.surgery.bases import open_checkpoint
 from randsurgery.surgery.ensembles import (
     Engine,
@@ -93,6 +97,7 @@ class Scored:
     ood: dict[str, Separation] = field(default_factory=dict)
     ood_dataset: str | None = None
     ood_told: str = ""  # what was found there
+    flattering: bool = False  # a temperature was fitted on these images
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -129,7 +134,7 @@ def run_eval(plan: EvalPlan, on_batch: Callable[[int], None] | None = None) -> S
         if plan.ood is not None:
             other, told = _other(checkpoint, chosen[0], plan.ood, plan)
         engine = _engine(ensemble, data, asked)
-        kept = unfitted(shown, chosen)
+        kept = unfitted(shown, chosen, plan.data.folder)
         found = _tally(ensemble, engine, data, plan, kept, on_batch)
         apart: dict[str, Separation] = {}
         if other is not None:
@@ -147,6 +152,7 @@ def run_eval(plan: EvalPlan, on_batch: Callable[[int], None] | None = None) -> S
         apart,
         None if plan.ood is None else plan.ood.dataset or "folder",
         told,
+        flattering(shown, chosen),
     )
 
 
@@ -299,10 +305,6 @@ class Calibrated:
     held_out_after: float | None
 
 
-HELD_OUT_SPLIT = "validation images of training"
-"""The split that a temperature was fitted on, where that is no split of the dataset's own."""
-
-
 def _is_share(text: str) -> bool:
     return bool(re.fullmatch(r"0\.[0-9]{1,17}|1", text)) and float(text) > 0
 
@@ -318,7 +320,7 @@ def validated_alike(members: Sequence[Member], options: DataOptions) -> bool:
             return False
         if dataset.name != member.dataset.name:
             return False
-        facts.add((member.dataset.name, held_out(member), str(told["validation_images"])))
+        facts.add((member.dataset.name, held_out(member), str(told.get(FINGERPRINT))))
     return len(facts) == 1
 
 
@@ -359,8 +361,11 @@ def run_calibrate(
             seed=seed,
         )
         recipe = checkpoint.recipe
+        mark = fingerprint(data, plan.data.folder)
         for member in chosen:
-            recipe = recipe.with_member(member.model_copy(update={"calibration": about}))
+            provenance = {**member.provenance, CALIBRATED: mark}
+            changed = {"calibration": about, "provenance": provenance}
+            recipe = recipe.with_member(member.model_copy(update=changed))
         size = write_checkpoint(
             target, replace(checkpoint, recipe=recipe), force=True, finished=True
         )

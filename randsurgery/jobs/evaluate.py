@@ -84,7 +84,7 @@ def run_eval(
         "batch_size": batch_size,
         "amp": amp,
         "temperature": temperature(who),
-        "chosen": unfitted(shown, [who]),
+        "chosen": unfitted(shown, [who], options.folder),
     }
     data = shown.data
     fixed = evaluate(model, data, **how)

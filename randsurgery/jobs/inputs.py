@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -16,6 +17,7 @@ from randsurgery.format.checkpoint import Checkpoint
 from randsurgery.format.generator import permutation
 from randsurgery.format.recipe import Member, Recipe
 from randsurgery.format.specs import DatasetSpec, InputSpec, ModelSpec
+from randsurgery.jobs.holdout import fingerprint
 from randsurgery.jobs.sources import SourceSpec, architecture_name
 from randsurgery.jobs.splits import Request, check_classes, open_for_evaluation
 from randsurgery.surgery.architectures import ArgValue, build_meta, check_name, spec_of
@@ -42,6 +44,11 @@ class DataOptions:
     skip_bad: bool = False
     say: Callable[[str], None] = field(default=lambda _: None, compare=False)
 
+    @property
+    def folder(self) -> str | None:
+        """``data_dir``, with ~ as the shell has it."""
+        return None if self.data_dir is None else os.path.expanduser(self.data_dir)
+
     def request(
         self,
         dataset: DatasetSpec,
@@ -52,7 +59,7 @@ class DataOptions:
     ) -> Request:
         """What is to be opened. ``known``: the class names of the file that will see it."""
         return Request(
-            dataset, look, self.data_dir, self.download, device, workers, known,
+            dataset, look, self.folder, self.download, device, workers, known,
             self.any_classes, self.skip_bad, say=self.say,
         )  # fmt: skip
 
@@ -229,15 +236,41 @@ def calibration_images(count: int, share: str, seed: int) -> npt.NDArray[np.intp
     return permutation(count, seed=seed, stream="calibration")[:chosen]
 
 
-def unfitted(shown: Shown, members: Iterable[Member]) -> npt.NDArray[np.bool_] | None:
-    """Which images of a split no member's temperature was fitted on; None if that is all, or none.
-    Folders cannot be told from each other, so that nothing of one is left out."""
-    count, dataset = len(shown.data), shown.dataset
-    keep = np.ones(count, dtype=bool)
-    if shown.split != "test" or dataset.name == "folder":
+HELD_OUT_SPLIT = "validation images of training"
+"""The split that a temperature was fitted on, where that is no split of the dataset's own."""
+
+
+def flattering(shown: Shown, members: Iterable[Member]) -> bool:
+    """True if a temperature was fitted on the very images that are shown."""
+    fitted = [member.calibration for member in members if member.calibration is not None]
+    return shown.split == "validation" and any(
+        (known.dataset, known.split) == (shown.dataset.name, HELD_OUT_SPLIT) for known in fitted
+    )
+
+
+CALIBRATED = "calibrated_on"
+"""In provenance: what tells the split that a temperature was fitted on from others."""
+
+
+def unfitted(
+    shown: Shown, members: Iterable[Member], root: str | None
+) -> npt.NDArray[np.bool_] | None:
+    """Which images of a split no member's temperature was fitted on; None if that is all. A folder
+    is known by its images. Raises UsageError if nothing would be left."""
+    if shown.split != "test":
         return None
+    count, dataset, mark = len(shown.data), shown.dataset, ""
+    keep = np.ones(count, dtype=bool)
     for member in members:
         known = member.calibration
-        if known and (known.dataset, known.split) == (dataset.name, dataset.test_split):
+        if known is None or (known.dataset, known.split) != (dataset.name, dataset.test_split):
+            continue
+        mark = mark or fingerprint(shown.data, root)
+        if dataset.name != "folder" or member.provenance.get(CALIBRATED) == mark:
             keep[calibration_images(count, known.share, known.seed)] = False
-    return None if keep.all() or not keep.any() else keep
+    if not keep.any():
+        raise UsageError(
+            "a temperature was fitted on all of these images, so that none is left to evaluate it "
+            "on; calibrate with a smaller --share, or evaluate on other images"
+        )
+    return None if keep.all() else keep

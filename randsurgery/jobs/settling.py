@@ -43,6 +43,7 @@ def settle(
     if wish.weights and not norms:
         found = replace(found, lr=min(found.lr, WITHOUT_NORMS_LR))
     found = wish.adapted(found).updated(seed=wish.seed, val_seed=wish.seed)
+    defaults = found
     found = _cropped(found, given).updated(**given)
     if "warmup_epochs" not in given:  # a short run has a short one
         found = replace(found, warmup_epochs=min(found.warmup_epochs, found.epochs // 2))
@@ -51,12 +52,15 @@ def settle(
         found = replace(found, decay_milestones=milestones)
     if "model_ema_decay" in given and not found.model_ema:
         raise UsageError("--model-ema-decay goes with --model-ema")
-    asked = {*given, *(key for key, value in drops.items() if value)}
+    # a settings file has every number: what it says as the defaults do, nobody asked for
+    asked = {key for key, value in given.items() if value != getattr(defaults, key)}
+    asked |= {key for key, value in drops.items() if value}
     if idle := idle_options(found, asked):
-        drop = idle[0].startswith("--decay") and "pass --sched step, or "
+        hints = {"--decay": "pass --sched step, or ", "--warmup-lr": "pass --warmup-epochs, or "}
+        drop = next((hint for name, hint in hints.items() if idle[0].startswith(name)), "")
         raise UsageError(
             f"{idle[0]} would do nothing with --opt {found.opt} and --sched {found.sched}; "
-            f"{drop or ''}leave it out"
+            f"{drop}leave it out"
         )
     check_settings(found)
     return found, notes

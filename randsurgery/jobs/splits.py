@@ -7,22 +7,20 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
 import torch
 
 from randsurgery.errors import DataError, IncompatibleError, UsageError
-from randsurgery.format.generator import permutation
 from randsurgery.format.recipe import Member
 from randsurgery.format.specs import DatasetSpec, InputSpec
-from randsurgery.surgery.initialisers import parse_fraction
+from randsurgery.jobs.holdout import fingerprint, held_out, hold_out
 from randsurgery.training.data import Data, Streamed, check_labelled
 from randsurgery.training.datasets import check_name, folder_data, open_data, open_images
 from randsurgery.training.folders import Folder, Part, read_folder
 from randsurgery.training.images import Failure, find_images, refuse, unreadable
 from randsurgery.training.layouts import part_of
 
-HELD_OUT = "held out of train"
-"""Where held-out validation images come from, for people."""
+FINGERPRINT = "validation_digest"
+"""Among what provenance says of the images: what tells the validation images from others."""
 
 MANY = 20_000
 """Images that take a while to check."""
@@ -65,6 +63,7 @@ class Splits:
     test: Data | None
     classes: Classes
     notes: tuple[str, ...] = ()
+    root: str | None = None  # of the folder that they lie in
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, for provenance: images of each split, where they came from, and how many
@@ -76,6 +75,8 @@ class Splits:
                 found[f"{name}_images"] = len(data)
                 found |= {f"{name}_from": data.where} if data.where else {}
                 found |= {f"{name}_skipped": data.skipped} if data.skipped else {}
+        if self.validation is not None:
+            found[FINGERPRINT] = fingerprint(self.validation, self.root)
         return found
 
 
@@ -115,8 +116,9 @@ def open_for_training(asked: Request) -> Splits:
     train = found["train"]
     told = _told(found, train.classes, folder) if folder or asked.val_split is not None else []
     return Splits(
-        dataset, train, found.get("validation"), found.get("test"), train.classes, tuple(told)
-    )
+        dataset, train, found.get("validation"), found.get("test"), train.classes, tuple(told),
+        asked.data_dir,
+    )  # fmt: skip
 
 
 def _folder(asked: Request) -> Folder | None:
@@ -176,36 +178,6 @@ def has_splits(root: str) -> bool:
     return any(part_of(name) and os.path.isdir(os.path.join(root, name)) for name in inside)
 
 
-def hold_out(train: Data, share: str, seed: int) -> tuple[Data, Data]:
-    """The training images without a share of each class, and that share: floor(share * n) images,
-    one at least, drawn by the seed.
-
-    Raises UsageError for a share outside (0, 1), DataError for classes of one image.
-    """
-    part = parse_fraction(share, "--val-split")
-    if part == 1:
-        raise UsageError("--val-split must be below 1: it would leave nothing to train on")
-    labels = train.labels
-    if labels is None:
-        raise DataError(
-            "--val-split needs to know the training images' classes, which this dataset tells only "
-            "image by image; use a dataset with validation images of its own"
-        )
-    held: list[int] = []
-    for label in np.unique(labels).tolist():
-        own = np.flatnonzero(labels == label)
-        if len(own) < 2:
-            name = train.classes[label] if label < len(train.classes) else str(label)
-            raise DataError(
-                f"--val-split takes images of each class, but class {name} has {len(own)} training "
-                "image; 2 are needed"
-            )
-        order = permutation(len(own), seed=seed, stream=f"validation-{label}")
-        held += own[order[: max(1, int(part * len(own)))]].tolist()
-    rest = np.setdiff1d(np.arange(len(labels)), held)
-    return train.subset(rest.tolist()), train.subset(sorted(held), HELD_OUT)
-
-
 def _told(found: dict[str, Data], classes: Sequence[str], folder: Folder | None) -> list[str]:
     """What was found, in one line."""
     parts: list[str] = []
@@ -222,6 +194,7 @@ def _told(found: dict[str, Data], classes: Sequence[str], folder: Folder | None)
             what = "1 image" if count == 1 else f"{count:,} images"
             fault = f"has {what} without labels" if count else "is empty"
             ends += [f"{own}/ {fault}"] if part not in folder.splits else []
+        ends += [f"{name}/ is not looked into" for name in folder.others[:3]]
         ends += [text] if (text := folder.left_out_text()) else []
     line = ", ".join([*parts, f"{len(classes):,} classes"])
     return ["; ".join([line, *ends])]
@@ -252,9 +225,25 @@ def open_for_evaluation(
         data = _named(asked, "test" if part == "test" else "train")
     data = _readable({part: data}, asked, scan=False)[part]
     if part != "test" and held is not None and not _own_validation(folder):
-        data = hold_out(data, *held)[0 if part == "train" else 1]
+        rest, validation = hold_out(data, *held)
+        data = rest if part == "train" else validation
+        _check_held(validation, len(rest) if part == "train" else None, asked, member)
     told = _told({part: data}, data.classes, folder) if folder else []
     return data, dataset, "".join(told)
+
+
+def _check_held(validation: Data, rest: int | None, asked: Request, member: Member) -> None:
+    """Raises IncompatibleError unless these are the images that the training held out, and the
+    ``rest`` as many: other training images may give another draw, of which some were trained on."""
+    found = member.provenance.get("data")
+    told = found if isinstance(found, dict) else {}
+    same = told.get(FINGERPRINT) == fingerprint(validation, asked.data_dir)
+    if not same or rest not in (None, told.get("train_images")):
+        raise IncompatibleError(
+            f"{asked.data_dir or asked.dataset.name}: its training images are not those that the "
+            "file was trained on, so what was held out of them cannot be told; bring them as they "
+            "were, or evaluate on --split test"
+        )
 
 
 def _own_validation(folder: Folder | None) -> bool:
@@ -270,7 +259,14 @@ def _split_of_folder(
     if part == "test":
         # a file that was tested on a test folder is not tested on validation images instead
         strict = member.dataset is not None and member.dataset.test_split == "test"
-        chosen = "test" if strict and _dataset_of(member) == "folder" else test_part(folder)
+        strict = strict and _dataset_of(member) == "folder"
+        if strict and "test" not in folder.splits and "validation" in folder.splits:
+            raise DataError(
+                f"{folder.root}: no test images: the file was tested on a test folder, so "
+                f"{folder.splits['validation'].where} is not taken for one; bring it, or evaluate "
+                "on --split validation"
+            )
+        chosen = test_part(folder)
     elif part == "validation" and not _own_validation(folder) and held is not None:
         chosen = "train"
     data = folder_data(folder, chosen, asked.look, names, asked.device, asked.workers)
@@ -279,23 +275,6 @@ def _split_of_folder(
 
 def _dataset_of(member: Member) -> str | None:
     return None if member.dataset is None else member.dataset.name
-
-
-def held_out(member: Member) -> tuple[str, int] | None:
-    """The share of the training images that a member's training held out, and the seed of the
-    draw, as its provenance says."""
-    settings = member.provenance.get("settings")
-    if not isinstance(settings, dict):
-        return None
-    share, seed = settings.get("val_split"), settings.get("val_seed", 0)
-    if (
-        not isinstance(share, str)
-        or not isinstance(seed, int)
-        or isinstance(seed, bool)
-        or seed < 0
-    ):
-        return None
-    return share, seed
 
 
 def check_classes(found: Sequence[str], asked: Request) -> None:

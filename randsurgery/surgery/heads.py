@@ -269,7 +269,7 @@ def with_head(checkpoint: Checkpoint, classes: int) -> Checkpoint:
         if not drawn or entry.overlays or name in member.tensors:
             raise IncompatibleError(
                 f"the classifier is learned for {head.classes} classes, {classes} are wanted; "
-                f"pass --num-classes {head.classes} or start from another file"
+                + _other_head(head.classes, classes)
             )
         tensors[name] = entry.model_copy(update={"shape": shape, "digest": None})
     fresh = member.model_copy(
@@ -277,6 +277,13 @@ def with_head(checkpoint: Checkpoint, classes: int) -> Checkpoint:
     )
     changed = recipe.model_copy(update={"tensors": tensors, "model": spec, "members": (fresh,)})
     return replace(checkpoint, recipe=changed)
+
+
+def _other_head(have: int, wanted: int) -> str:
+    """What can be done about a learned classifier of another number of classes."""
+    if have > wanted:
+        return f"pass --num-classes {have} or start from another file"
+    return "start from a file whose classifier is not learned, or from the architecture"
 
 
 def _refixed(checkpoint: Checkpoint, head: HeadSpec, spec: ModelSpec, classes: int) -> Checkpoint:
@@ -290,7 +297,7 @@ def _refixed(checkpoint: Checkpoint, head: HeadSpec, spec: ModelSpec, classes: i
     if any(name in member.tensors or recipe.tensors[name].overlays for name in names):
         raise IncompatibleError(
             f"the classifier's bias is learned for {head.classes} classes, {classes} are wanted; "
-            f"pass --num-classes {head.classes} or start from another file"
+            + _other_head(head.classes, classes)
         )
     scale = None
     if head.scale == "given":

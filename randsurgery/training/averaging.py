@@ -50,6 +50,12 @@ class Average:
             else:
                 self.values[name].copy_(tensor)
 
+    @torch.no_grad()
+    def restore(self, values: Values) -> None:
+        """Go on from saved values, wherever they lie."""
+        for name, tensor in self.values.items():
+            tensor.copy_(values[name])
+
     @contextlib.contextmanager
     def shown(self, model: nn.Module) -> Iterator[None]:
         """The module with averaged values, for a while."""

@@ -83,6 +83,8 @@ class Folder:
                 self.others, names
             )
             remedy = f"expected a folder named {expected}"
+            if "train" in self.folders and "validation" in parts:
+                remedy += "; to train without one, --val-split 0.1 holds images out of train"
         else:
             found = ", ".join(listing.where for listing in self.splits.values())
             remedy = f"expected lines with {expected} in a column named split"

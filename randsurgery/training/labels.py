@@ -18,6 +18,13 @@ from randsurgery.training.scan import Tree
 PATH_COLUMNS = ("path", "file", "filename", "file_name", "name", "image", "image_path")
 CLASS_COLUMNS = ("class", "label", "category", "class_name", "target")
 SPLIT_COLUMNS = ("split", "set", "subset")
+SECOND_BEST = (("id", "image_id", "img"), ("breed", "species", "label_name"), ())
+"""Columns that are of paths, classes and splits if no other is: Kaggle's tables."""
+LIKE_SPLITS = (
+    "is_train", "is_training", "is_test", "is_valid", "is_val", "train", "test", "valid", "fold",
+    "partition", "phase",
+)  # fmt: skip
+"""Columns that may say a split, in words of their own."""
 
 _DELIMITERS = (",", ";", "\t")
 _FEW = 10_000
@@ -109,8 +116,10 @@ def match(table: str, rows: Sequence[Row], folder: str, known: Collection[str]) 
     """
     found: dict[str, Row] = {}
     missing: list[Row] = []
+    stems = _stems(known)
     for row in rows:
-        if (place := find(row.path, known)) is None:
+        place = find(row.path, known) or stems.get(row.path.strip()) or _inside(row, folder, known)
+        if place is None:
             _check_place(table, row, folder)
             missing.append(row)
         elif (other := found.setdefault(place, row)) is not row:
@@ -128,6 +137,23 @@ def match(table: str, rows: Sequence[Row], folder: str, known: Collection[str]) 
             f"{hint}; expected paths from there, with their suffixes"
         )
     return found
+
+
+def _stems(known: Collection[str]) -> dict[str, str]:
+    """The images by their paths without the suffix, as Kaggle's ids; those that are one image's."""
+    found: dict[str, list[str]] = {}
+    for place in known:
+        found.setdefault(os.path.splitext(place)[0], []).append(place)
+    return {stem: places[0] for stem, places in found.items() if len(places) == 1}
+
+
+def _inside(row: Row, folder: str, known: Collection[str]) -> str | None:
+    """The image that an absolute path means, if that leads into the folder."""
+    path = row.path.strip()
+    if not os.path.isabs(path):
+        return None
+    place = os.path.relpath(os.path.realpath(path), os.path.realpath(folder))
+    return find(place, known)
 
 
 def _check_place(table: str, row: Row, folder: str) -> None:
@@ -242,10 +268,19 @@ def _columns(table: str, header: Sequence[str]) -> Columns | None:
     """Which column is what; None if paths or classes are missing."""
     names = [name.strip().casefold().replace(" ", "_").replace("-", "_") for name in header]
     kinds = (PATH_COLUMNS, CLASS_COLUMNS, SPLIT_COLUMNS)
-    found = [[i for i, name in enumerate(names) if name in kind] for kind in kinds]
+    found = [
+        [i for i, name in enumerate(names) if name in kind]
+        or [i for i, name in enumerate(names) if name in others]
+        for kind, others in zip(kinds, SECOND_BEST, strict=True)
+    ]
     paths, labels, splits = found
     if not paths or not labels:
         return None
+    if not splits and (told := [i for i, name in enumerate(names) if name in LIKE_SPLITS]):
+        raise DataError(
+            f"{table}: the column {header[told[0]].strip()} may say which image is of which split; "
+            "rename it to split, with train, validation and test in it, or remove it"
+        )
     for places, what in zip(found, ("path", "class", "split"), strict=True):
         if len(places) > 1:
             raise NoTable(

@@ -30,7 +30,9 @@ from randsurgery.training.state import RunState
 Record = dict[str, Any]
 
 CHANCE = 0.02
-"""The share of ln C by which each batch's loss may miss it, for a network that guesses."""
+"""The share of guessing's loss by which each batch's may miss it, for a network that guesses."""
+GUESSED_BATCHES = 4
+"""One batch alone may be there by chance."""
 
 
 @dataclass
@@ -57,7 +59,8 @@ class Sums:
     loss: float = 0.0
     correct: int = 0
     images: int = 0
-    off: float = 0.0  # the furthest that a batch's loss was from guessing's
+    off: float = 0.0  # the furthest that a batch's loss was from ln C,
+    off_shares: float = 0.0  # and from what the classes' shares alone tell
 
 
 @dataclass
@@ -71,7 +74,8 @@ class Run:
     weights: torch.Tensor | None = None  # of the classes, in the loss
     average: Average | None = None
     best: dict[str, torch.Tensor] | None = None  # what the best epoch so far had learned
-    guessed: bool = False  # in the last epoch
+    entropy: float = math.inf  # of the classes' shares: the loss of guessing by these
+    guessed: float | None = None  # the loss at which the last epoch stayed, if that was guessing
     warned: bool = False
     checked: bool = False  # all labels are known to be classes of the network
     optimizer: torch.optim.Optimizer | None = None
@@ -117,7 +121,7 @@ class Run:
         self.sums = Sums(**state.values["sums"])
         self.best = state.part("best/") or None
         if self.average is not None:
-            self.average.values = state.part("average/")
+            self.average.restore(state.part("average/"))
         self.generators = [tensor for _, tensor in sorted(state.part("generator/").items())]
 
 
@@ -135,6 +139,9 @@ def start(
         run.optimizer, run.scheduler = set_up(run.learned, settings, run.steps)
         if settings.model_ema:
             run.average = Average(model, settings.model_ema_decay)
+    if train.labels is not None and len(train.labels):
+        shares = np.bincount(train.labels) / len(train.labels)
+        run.entropy = float(-(shares * np.log(np.maximum(shares, 1e-12))).sum())
     if settings.class_weights is not None:
         run.weights = balanced(train, count).to(run.device)
     return run
@@ -244,7 +251,7 @@ def _concluded(run: Run, test: Data | None, validation: Data | None, hooks: Hook
         return run.history
     best = run.settings.keep == "best"
     record = dict(run.history[best_epoch(run.history) - 1 if best else -1])
-    record |= {"kept": run.settings.keep, "epochs_run": run.epoch}
+    record |= {"kept": run.settings.keep, "epochs_run": run.epoch, "epochs": run.settings.epochs}
     if test is not None:
         result = evaluate(run.model, test, amp=run.settings.amp)
         record |= {f"test_{key}": value for key, value in result.to_json().items()}
@@ -254,11 +261,13 @@ def _concluded(run: Run, test: Data | None, validation: Data | None, hooks: Hook
 
 def _warn_of_guessing(run: Run, hooks: Hooks) -> None:
     """Say once that a network guesses: whoever says the same of each image has loss ln C."""
-    if run.guessed and not run.warned and run.optimizer is not None:
+    if run.guessed is not None and not run.warned and run.optimizer is not None:
         run.warned = True
+        ln = run.guessed == math.log(run.classes)
+        by = f"ln {run.classes}" if ln else "by the classes' shares"
         hooks.on_note(
-            f"epoch {run.epoch}: the loss stayed at ln {run.classes} = {math.log(run.classes):.3f},"
-            " that of guessing; try a lower --lr (0.01), --init kaiming-normal, or another --opt"
+            f"epoch {run.epoch}: the loss stayed at {run.guessed:.3f}, that of guessing ({by}); "
+            f"try a lower --lr than {run.settings.lr:g}, or another --init"
         )
 
 
@@ -284,12 +293,20 @@ def _epoch(run: Run, train: Data, hooks: Hooks) -> Record:
             run.average.update(run.model, run.step)
         _add(run.sums, value, logits, batch[1])
         run.sums.off = max(run.sums.off, abs(value - math.log(run.classes)))
+        run.sums.off_shares = max(run.sums.off_shares, abs(value - run.entropy))
         hooks.on_step(run.step, value)
         due = hooks.state_every and run.step % hooks.state_every == 0
         if hooks.on_state is not None and due and run.sums.batches < run.steps:
             _check_finite(run)
             hooks.on_state(run.state(hooks.memory()))
-    run.guessed = run.sums.off < CHANCE * math.log(run.classes)
+    several = run.sums.batches >= GUESSED_BATCHES and not mixes(run.settings)
+    equal, by_share = math.log(run.classes), run.entropy
+    at = equal if run.sums.off < CHANCE * equal else by_share
+    run.guessed = (
+        at
+        if several and (run.sums.off < CHANCE * equal or run.sums.off_shares < CHANCE * by_share)
+        else None
+    )
     sums, run.sums = run.sums, Sums()
     mixed = mixes(run.settings)  # such an image is of two classes
     return {
