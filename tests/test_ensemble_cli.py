@@ -1013,6 +1013,8 @@ def test_calibrating_stores_one_temperature_and_eval_leaves_its_images_out(here:
     for name in "ab":
         assert after[name].payloads == before[name].payloads
         words = {k: v for k, v in after[name].words.items() if k != "calibration"}
+        words = {**words, "provenance": {**words["provenance"]}}
+        assert words["provenance"].pop("calibrated_on")
         assert words == before[name].words
     _, labels = digits(E)
     fitted = [one[used] for one in raw]

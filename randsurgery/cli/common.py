@@ -174,7 +174,7 @@ def split_of(name: str) -> Part:
     )
 
 
-def say_shown(shown: Shown, fell_back: str, left_out: int) -> None:
+def say_shown(shown: Shown, fell_back: str, left_out: int, flattering: bool) -> None:
     """What there is to know of the images that a network was shown."""
     if shown.fell_back:
         note(f"no dataset given or recorded: {fell_back}")
@@ -182,6 +182,8 @@ def say_shown(shown: Shown, fell_back: str, left_out: int) -> None:
         note(shown.told)
     if left_out:
         note(f"left out: {left_out:,} images that a temperature was fitted on")
+    if flattering:
+        note("a temperature was fitted on these images: its figures are too good")
 
 
 def parse_pairs(items: list[str], what: str) -> dict[str, bool | int | float | str | None]:

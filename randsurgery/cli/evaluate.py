@@ -86,7 +86,7 @@ def evaluate(
         split=common.split_of(split),
     )
     result, shown = found.fixed, found.shown
-    common.say_shown(shown, "evaluating on digits", found.left_out)
+    common.say_shown(shown, "evaluating on digits", found.left_out, found.flattering)
     rows = tables.per_class(result.labels, result.said, found.names) if per_class else []
     words = render.SPLIT_WORDS[shown.split]
     if target is not None:

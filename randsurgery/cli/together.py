@@ -91,9 +91,7 @@ def evaluate(
     plan = replace(plan, engine=engine, ood=far, split=common.split_of(split))
     with render.image_progress(None) as advance:
         found = run_eval(plan, advance)
-    common.say_shown(found.shown, "evaluating on digits", found.left_out)
-    if found.flattering:
-        note("a temperature was fitted on these images: its figures are too good")
+    common.say_shown(found.shown, "evaluating on digits", found.left_out, found.flattering)
     if found.ood_told:
         note(found.ood_told)
     if json:

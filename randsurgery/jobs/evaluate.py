@@ -7,7 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from randsurgery.jobs.hub import local_file
-from randsurgery.jobs.inputs import DataOptions, Shown, open_split, pick_device, unfitted
+from randsurgery.jobs.inputs import (
+    DataOptions,
+    Shown,
+    flattering,
+    open_split,
+    pick_device,
+    unfitted,
+)
 from randsurgery.surgery.bases import open_checkpoint
 from randsurgery.surgery.ensembles import temperature
 from randsurgery.surgery.modules import build
@@ -26,6 +33,7 @@ class Report:
     names: tuple[str, ...] = ()  # of the classes
     samples: tuple[Evaluation, ...] = ()
     left_out: int = 0  # images that the member's temperature was fitted on
+    flattering: bool = False  # it was fitted on all of these images
 
     @property
     def mean(self) -> float:
@@ -96,4 +104,5 @@ def run_eval(
     classes = who.head.classes if who.head else 0
     names = who.classes or data.classes
     names = names if len(names) >= classes else tuple(str(label) for label in range(classes))
-    return Report(shown, fixed, names, tuple(found), len(data) - fixed.images)
+    left_out = len(data) - fixed.images
+    return Report(shown, fixed, names, tuple(found), left_out, flattering(shown, [who]))

@@ -241,10 +241,13 @@ HELD_OUT_SPLIT = "validation images of training"
 
 
 def flattering(shown: Shown, members: Iterable[Member]) -> bool:
-    """True if a temperature was fitted on the very images that are shown."""
+    """True if a temperature was fitted on the very images that are shown, on all of them."""
+    splits = {"validation": HELD_OUT_SPLIT, "test": shown.dataset.test_split}
     fitted = [member.calibration for member in members if member.calibration is not None]
-    return shown.split == "validation" and any(
-        (known.dataset, known.split) == (shown.dataset.name, HELD_OUT_SPLIT) for known in fitted
+    return any(
+        (known.dataset, known.split) == (shown.dataset.name, splits.get(shown.split))
+        and (known.share == "1" or shown.split == "validation")
+        for known in fitted
     )
 
 
@@ -255,8 +258,8 @@ CALIBRATED = "calibrated_on"
 def unfitted(
     shown: Shown, members: Iterable[Member], root: str | None
 ) -> npt.NDArray[np.bool_] | None:
-    """Which images of a split no member's temperature was fitted on; None if that is all. A folder
-    is known by its images. Raises UsageError if nothing would be left."""
+    """Which images of a split no member's temperature was fitted on; None if that is all, or none.
+    A folder is known by its images."""
     if shown.split != "test":
         return None
     count, dataset, mark = len(shown.data), shown.dataset, ""
@@ -268,9 +271,4 @@ def unfitted(
         mark = mark or fingerprint(shown.data, root)
         if dataset.name != "folder" or member.provenance.get(CALIBRATED) == mark:
             keep[calibration_images(count, known.share, known.seed)] = False
-    if not keep.any():
-        raise UsageError(
-            "a temperature was fitted on all of these images, so that none is left to evaluate it "
-            "on; calibrate with a smaller --share, or evaluate on other images"
-        )
-    return None if keep.all() else keep
+    return None if keep.all() or not keep.any() else keep
