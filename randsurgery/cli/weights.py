@@ -257,7 +257,8 @@ def _open(
 ) -> list[list[Network]]:
     """The networks of each file or architecture. Raises RandsurgeryError."""
     from randsurgery.errors import UsageError
-    from randsurgery.inspection.headers import bases_of, is_index
+    from randsurgery.format.shards import is_index
+    from randsurgery.inspection.headers import bases_of
     from randsurgery.inspection.weight_files import networks_of, open_networks
 
     opened: list[list[Network]] = []

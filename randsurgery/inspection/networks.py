@@ -41,8 +41,9 @@ from randsurgery.format.recipe import (
     SliceOverlay,
     StoredSource,
 )
+from randsurgery.format.shards import is_index, open_shards
 from randsurgery.format.tensors import RawTensor
-from randsurgery.inspection.headers import is_index, naming, open_shards
+from randsurgery.inspection.headers import naming
 
 Kind = tuple[str, tuple[int, ...]]
 """(dtype, shape)"""
