@@ -48,6 +48,7 @@ def diff(
 
     files.check_file(a)
     files.check_file(b)
+    a, b = files.located(a), files.located(b)
     report = report_on(
         a,
         b,

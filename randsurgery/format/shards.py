@@ -52,6 +52,27 @@ def located(path: str | os.PathLike[str]) -> Path:
     return weights_in(path)[0] if Path(path).is_dir() else Path(path)
 
 
+def files_behind(path: str | os.PathLike[str] | None) -> tuple[Path, ...]:
+    """The files that a path to weights stands for, as far as they are there: itself, or those of a
+    folder, an index and its parts."""
+    if path is None:
+        return ()
+    file = Path(path)
+    if file.is_dir():
+        found = tuple(file / name for name in WEIGHTS if (file / name).is_file())
+        return tuple(part for one in found for part in files_behind(one))
+    if not (is_index(file) and file.is_file()):
+        return (file,)
+    with contextlib.suppress(FileFormatError):
+        return file, *part_paths(file, weight_map(file))
+    return (file,)
+
+
+def bytes_behind(path: str | os.PathLike[str]) -> int:
+    """The bytes of the weights' files: of a folder those that are read, of an index its parts."""
+    return sum(file.stat().st_size for file in files_behind(located(path)))
+
+
 def is_index(path: str | os.PathLike[str]) -> bool:
     """True if the name says that it is the index of a sharded file."""
     return Path(path).suffix == ".json"

@@ -22,7 +22,7 @@ from randsurgery.format.checkpoint import (
 from randsurgery.format.container import Container, TensorInfo
 from randsurgery.format.rebuild import sentence
 from randsurgery.format.recipe import BaseRef, Member, Recipe
-from randsurgery.format.shards import is_index, open_shards
+from randsurgery.format.shards import bytes_behind, is_index, open_shards
 from randsurgery.format.tensors import RawTensor, byte_count
 
 Kind = Literal["randsurgery", "safetensors", "sharded safetensors", "torch.save", "architecture"]
@@ -99,7 +99,7 @@ def header_of(path: str | os.PathLike[str], tensors: Mapping[str, RawTensor]) ->
     for name, tensor in tensors.items():
         infos[name] = TensorInfo(tensor.dtype, tensor.shape, at, at + tensor.nbytes)
         at += tensor.nbytes
-    size = os.path.getsize(path)
+    size = bytes_behind(path)
     return Header(Path(path).name, "torch.save", size, max(0, size - at), infos, {})
 
 

@@ -213,8 +213,29 @@ def read_config(path: str | os.PathLike[str]) -> Config:
     return Config(
         found["architecture"],
         args if isinstance(args, dict) else {},
-        look if isinstance(look, dict) else {},
+        _look(look) if isinstance(look, dict) else {},
     )
+
+
+def _look(found: dict[str, Any]) -> dict[str, Any]:
+    """What of a ``pretrained_cfg`` is about preprocessing, as far as it is what it must be."""
+
+    def numbers(value: Any, count: int) -> bool:
+        return (
+            isinstance(value, list)
+            and len(value) == count
+            and all(isinstance(one, (int, float)) for one in value)
+        )
+
+    right = {
+        "mean": numbers(found.get("mean"), 3),
+        "std": numbers(found.get("std"), 3),
+        "input_size": numbers(found.get("input_size"), 3),
+        "crop_pct": isinstance(found.get("crop_pct"), (int, float)),
+        "crop_mode": isinstance(found.get("crop_mode"), str),
+        "interpolation": isinstance(found.get("interpolation"), str),
+    }
+    return {key: found[key] for key, fits in right.items() if fits}
 
 
 # --- weights from elsewhere -----------------------------------------------------------------------
