@@ -82,6 +82,10 @@ def read_base(path: str | os.PathLike[str], *, ema: bool = False) -> Base:
 def _opened(file: Path, ema: bool) -> Base:
     kind = recognise(file)
     if kind == "torch.save":
+        if is_safetensors(file):  # later commands would take it for what its name says
+            raise FileFormatError(
+                f"{file.name}: written by torch.save, no safetensors file; rename it to .pth"
+            )
         return _in_memory(file, state_of(read_pickle(file), file.name, ema=ema))
     if kind == "json":
         found = _sharded(file)

@@ -61,7 +61,8 @@ def state_of(found: Any, file: str, *, ema: bool = False) -> State:
         elif ema:
             raise UsageError(_no_average(file))
         elif flat:
-            return _state(found, _beside(found, flat))
+            beside = {str(key): value for key, value in found.items() if key not in flat}
+            return _state({k: v for k, v in found.items() if k in flat or "." in str(k)}, beside)
         else:
             raise FileFormatError(f"{file}: holds no state dict{_instead(found)}")
     others = [str(key) for key in boxes if key not in (*plain, *averaged)]
@@ -99,10 +100,6 @@ def _state(found: dict[Any, Any], about: dict[str, Any], notes: tuple[str, ...] 
         if isinstance(value, Skipped)
     }
     return State(tensors, about, skipped, notes)
-
-
-def _beside(found: dict[Any, Any], flat: Collection[Any]) -> dict[str, Any]:
-    return {str(key): value for key, value in found.items() if key not in flat}
 
 
 def _notes(

@@ -30,7 +30,9 @@ from randsurgery.format.recognise import SAVE_STATE, recognise
 _HOSTILE = frozenset(
     ("os", "posix", "nt", "sys", "subprocess", "pty", "socket", "runpy", "importlib", "ctypes")
 )  # fmt: skip
-_HOSTILE_BUILTINS = frozenset(("eval", "exec", "compile", "__import__", "open", "breakpoint"))
+_HOSTILE_NAMES = frozenset(
+    f"builtins.{name}" for name in ("eval", "exec", "compile", "__import__", "open", "breakpoint")
+) | {"io.open"}
 _PARTS = 4
 """Pickles at the start of a file of torch before 1.6: magic number, version, system, object."""
 
@@ -97,10 +99,7 @@ def read_pickle(path: Path, *, mapped: bool = False) -> Any:
 
 
 def _is_hostile(name: str) -> bool:
-    module, _, leaf = name.rpartition(".")
-    if module.partition(".")[0] == "builtins":
-        return leaf in _HOSTILE_BUILTINS
-    return module.partition(".")[0] in _HOSTILE
+    return name in _HOSTILE_NAMES or name.partition(".")[0] in _HOSTILE
 
 
 @contextlib.contextmanager
