@@ -358,6 +358,32 @@ def test_of_two_formats_in_a_folder_the_one_that_is_read_is_named(here: Path) ->
     assert_same_state(rs.load("i.safetensors").state_dict(), dense().state_dict())
 
 
+def test_a_file_within_the_folder_it_builds_on_finds_it(here: Path) -> None:
+    files.folder_of(files.sharded)(here, dense())
+    succeed("init", "hf", "-o", "hf/i.safetensors")
+    assert_same_state(rs.load("hf/i.safetensors").state_dict(), dense().state_dict())
+    succeed("inspect", "verify", "hf/i.safetensors")
+
+
+def test_a_name_that_no_file_can_refer_to_is_refused(here: Path) -> None:
+    files.plain(here, dense()).rename("a..b.pth")
+    assert "rename it" in refused(2, "a..b.pth")
+    init_base = ("convert", "a..b.pth", "--arch", ARCH, "--base", "a..b.pth")
+    assert "rename it" in fail(2, *init_base, "-o", "c.safetensors")
+
+
+def test_differences_from_a_file_on_a_folder_are_told(here: Path) -> None:
+    model = dense()
+    path = files.folder_of(files.sharded)(here, model)
+    init(path)
+    succeed("inspect", "diff", "i.safetensors", path)
+    model.state_dict()["fc.bias"][0] = 9
+    other = files.plain(here, model)
+    result = CliRunner().invoke(app, ["inspect", "diff", "i.safetensors", str(other)])
+    assert result.exit_code == 1
+    assert "1 of 10" in result.stdout or "fc.bias" in result.stdout
+
+
 def test_an_empty_folder_is_refused(here: Path) -> None:
     (here / "nothing").mkdir()
     assert "a folder without weights, expected model.safetensors" in refused(3, "nothing")

@@ -93,14 +93,13 @@ def read_by_torch(file: str, *, ema: bool = False) -> Any:
 
 def given_base(file: str, base: str | None, refs: Iterable[BaseRef]) -> Any:
     """The base to give to a file that builds on ``refs``: a path, or the tensors of a .pth, which
-    takes torch to be read. Without ``base``, a .pth that lies beside the file; else None, and
-    whoever opens the file looks for a safetensors base itself."""
+    takes torch to be read. Without ``base``, one that is no safetensors file and lies beside the
+    file; else None, and whoever opens the file looks for a safetensors base itself."""
     from randsurgery.format.checkpoint import is_safetensors
+    from randsurgery.format.shards import beside
 
     refs = list(refs)
-    places = (Path(file).parent / ref.file for ref in refs if ref.file is not None)
-    others = (p for p in sorted(places) if p.is_dir() or (p.is_file() and not is_safetensors(p)))
-    found = base or next((str(path) for path in others), None)
+    found = base or beside(file, [ref.file for ref in refs if ref.file is not None])
     if found is None or (is_safetensors(found) and not Path(found).is_dir()):
         return found
     from randsurgery.surgery.bases import given_base as read

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from randsurgery.errors import FileFormatError
 from randsurgery.format.canonical import strict_json
-from randsurgery.format.checkpoint import is_checkpoint
+from randsurgery.format.checkpoint import is_checkpoint, is_safetensors
 from randsurgery.format.container import MAX_HEADER, Container
 from randsurgery.format.tensors import RawTensor
 
@@ -50,6 +51,19 @@ def weights_in(folder: str | os.PathLike[str]) -> tuple[Path, tuple[str, ...]]:
 def located(path: str | os.PathLike[str]) -> Path:
     """The file itself, or that of a folder's weights. Raises FileFormatError."""
     return weights_in(path)[0] if Path(path).is_dir() else Path(path)
+
+
+def beside(path: str | os.PathLike[str], names: Iterable[str]) -> Path | None:
+    """The first base of those names that lies beside a file and is no safetensors file, which
+    ``read_checkpoint`` finds itself; of a folder's name also the one the file lies in."""
+    folder = Path(path).absolute().parent
+    for name in sorted(names):
+        found = folder / name
+        if found.is_dir() or (found.is_file() and not is_safetensors(found)):
+            return found
+        if folder.name == name and any((folder / one).is_file() for one in WEIGHTS):
+            return folder
+    return None
 
 
 def files_behind(path: str | os.PathLike[str] | None) -> tuple[Path, ...]:

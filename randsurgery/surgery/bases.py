@@ -28,6 +28,7 @@ from randsurgery.format.rebuild import Payloads, check_affordable
 from randsurgery.format.recognise import recognise
 from randsurgery.format.shards import (
     CONFIG,
+    beside,
     check_part,
     is_index,
     located,
@@ -181,13 +182,6 @@ def open_checkpoint(
     if base is None:
         base = beside(path, [ref.file for ref in refs if ref.file is not None])
     return read_checkpoint(path, base=given_base(base, wanted))
-
-
-def beside(path: str | os.PathLike[str], names: Collection[str]) -> Path | None:
-    """The first base of those names beside a file that ``read_checkpoint`` does not find itself,
-    since it is no safetensors file; None without one."""
-    places = (Path(path).parent / name for name in sorted(names))
-    return next((p for p in places if p.is_dir() or (p.is_file() and not is_safetensors(p))), None)
 
 
 # --- what a folder says of its weights ------------------------------------------------------------

@@ -19,7 +19,6 @@ from randsurgery.format.fields import SHARED
 from randsurgery.format.masks import Mask
 from randsurgery.format.rebuild import payload_name
 from randsurgery.format.recipe import (
-    BaseRef,
     ConstantSource,
     Entry,
     Member,
@@ -31,7 +30,7 @@ from randsurgery.format.tensors import RawTensor, as_words, hex_float
 from randsurgery.surgery.bases import Base
 from randsurgery.surgery.checkpoints import Matched, Own, match
 from randsurgery.surgery.foreign import Foreign
-from randsurgery.surgery.recipes import BASE, base_entry, head_of, pruning_mask
+from randsurgery.surgery.recipes import BASE, base_entry, head_of, pruning_mask, reference
 from randsurgery.surgery.sentences import (
     compact_entry,
     mask_overlay,
@@ -98,7 +97,7 @@ def on_base(found: Foreign, base: Base, notes: list[str] | None = None) -> Check
         model=found.spec,
         tensors=entries,
         members=(member.model_copy(update={"tensors": changed}),),
-        bases={BASE: BaseRef(identity=base.identity, file=base.file)},
+        bases={BASE: reference(base)},
     )
     opened = (base.tensors,) if isinstance(base.tensors, Container) else ()
     return Checkpoint(recipe, payloads, {BASE: base.tensors}, opened=opened)

@@ -6,9 +6,10 @@ import contextlib
 from collections.abc import Mapping
 from fractions import Fraction
 
+from pydantic import ValidationError
 from torch import nn
 
-from randsurgery.errors import IncompatibleError
+from randsurgery.errors import IncompatibleError, UsageError
 from randsurgery.format.checkpoint import Checkpoint, Memory
 from randsurgery.format.container import Container
 from randsurgery.format.fields import SHARED
@@ -163,10 +164,7 @@ def _assemble(
     shell: nn.Module,
     bases: dict[str, Base] | None = None,
 ) -> Checkpoint:
-    refs = {
-        key: BaseRef(identity=b.identity, file=b.file, origin=b.origin, revision=b.revision)
-        for key, b in (bases or {}).items()
-    }
+    refs = {key: reference(base) for key, base in (bases or {}).items()}
     recipe = Recipe(
         model=spec,
         tensors=dict(sorted(entries.items())),
@@ -176,6 +174,19 @@ def _assemble(
     tensors = {key: base.tensors for key, base in (bases or {}).items()}
     opened = tuple(found for found in tensors.values() if isinstance(found, Container))
     return Checkpoint(recipe, payloads, tensors, opened=opened)
+
+
+def reference(base: Base) -> BaseRef:
+    """How a file refers to a base. Raises UsageError for a name by which it could not be found."""
+    try:
+        return BaseRef(
+            identity=base.identity, file=base.file, origin=base.origin, revision=base.revision
+        )
+    except ValidationError:
+        raise UsageError(
+            f"{base.file}: a file cannot refer to that name; rename it to one without '..', colons "
+            "and backslashes"
+        ) from None
 
 
 def make_recipe_on_base(
