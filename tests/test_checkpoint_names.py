@@ -259,6 +259,11 @@ def test_what_does_not_fit_is_told_both_ways(here: Path) -> None:
     )
     assert "it lacks 'bn1.bias' and" in message or "it lacks 'layer1.0.bn1.bias' and" in message
     assert "near: layer1.0.bn1.bias" in message
+    inner = {f"model.{n}": t for n, t in state.items()}
+    torch.save({**inner, "classifier.weight": torch.ones(2)}, "x.pth")
+    message = refused(4, "x.pth")
+    assert "'classifier.weight' is not one of test_resnet" in message
+    assert "all but 1 of its names fit without 'model.'" in message
     del state["bn1.weight"]
     torch.save(state, "x.pth")
     assert "lacks 'bn1.weight' of test_resnet" in refused(4, "x.pth")

@@ -267,7 +267,22 @@ def _unfit(
     if missing:
         more = _more(missing, "and", {})
         told.append(f"lacks {missing[0]!r}{'' if extra else f' of {arch}'}{more}")
+    if partly := _some_prefixed(own, wanted):
+        return "; it ".join(told) + partly
     return "; it ".join(told) + (near(extra[0], wanted) if extra else near(missing[0], own))
+
+
+def _some_prefixed(own: Collection[str], wanted: Collection[str]) -> str:
+    """What there is to say where a prefix would make most names fit, but some do not bear it."""
+    for prefix in PREFIXES:
+        bearing = [n for n in own if n.startswith(prefix) and n[len(prefix) :] in wanted]
+        if len(bearing) > len(own) // 2:
+            others = len(own) - len(bearing)
+            return (
+                f"; all but {others} of its names fit without {prefix!r}: save the state dict of "
+                "that inner module alone"
+            )
+    return ""
 
 
 def _more(names: list[str], word: str, own: Mapping[str, str]) -> str:
