@@ -85,6 +85,7 @@ def freeze(
     ] = None,
     pretrained: common.Pretrained = False,
     checkpoint: common.CheckpointOption = None,
+    ema: common.EmaOption = False,
     base: common.BaseOption = None,
     num_classes: common.NumClasses = None,
     img_size: common.ImgSize = None,
@@ -141,6 +142,7 @@ def freeze(
         seed=seed,
         pretrained=pretrained,
         checkpoint=checkpoint,
+        ema=ema,
         base=base,
         args=args,
     )
@@ -153,7 +155,7 @@ def freeze(
         return
     render.show_layers(job.layers)
     for line in job.notes:
-        note(line)
+        note(common.clean(line))
     if written is None:
         note(f"would write {job.output}")
     else:

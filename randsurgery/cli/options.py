@@ -30,6 +30,7 @@ class RunOptions:
     init_seed: training.InitSeed = None
     pretrained: common.Pretrained = False
     checkpoint: common.CheckpointOption = None
+    ema: common.EmaOption = False
     base: common.BaseOption = None
     width: common.Width = None
     model_kwargs: common.ModelArgs = None
@@ -144,6 +145,7 @@ def source_of(source: str, run: RunOptions, scaled_for: Any = None) -> SourceSpe
         scaled_for=scaled_for,
         pretrained=run.pretrained,
         checkpoint=run.checkpoint,
+        ema=run.ema,
         base=run.base,
         args=common.model_arguments(run.model_kwargs, width=run.width),
     )

@@ -88,8 +88,9 @@ def prepare_freeze(plan: FreezePlan) -> PreparedFreeze:
     plan = replace(plan, source=source)
     stem = Path(source.name).stem if source.is_file else source.name
     output = Path(plan.output or f"{stem}-plan.safetensors")
+    said: list[str] = []
     with closing_on_error() as stack:
-        made = stack.enter_context(_opened(source))
+        made = stack.enter_context(_opened(source, said))
         revived = masked_tensors(made.recipe, made.member()) if plan.wish.slices else set()
         if plan.head is not None:
             made = with_fixed_head(made, plan.head, seed=seed, scale=plan.head_scale)
@@ -104,14 +105,14 @@ def prepare_freeze(plan: FreezePlan) -> PreparedFreeze:
         made = zero_filled(made, chosen) if plan.zero else with_plan(made, chosen)
         head = describe_head(made)
         revived &= {name for name, part in chosen.tensors.items() if part.part == "slice"}
-    return PreparedFreeze(plan, made, layers, output, head, _notes(head, revived))
+    return PreparedFreeze(plan, made, layers, output, head, (*said, *_notes(head, revived)))
 
 
-def _opened(source: SourceSpec) -> Checkpoint:
+def _opened(source: SourceSpec, notes: list[str]) -> Checkpoint:
     """The network; a file's for as many classes as were asked for."""
     classes = source.args.get("num_classes")
     if not source.is_file or not isinstance(classes, int):
-        return open_source(source)
+        return open_source(source, notes)
     others = {key: value for key, value in source.args.items() if key != "num_classes"}
     return with_head(open_source(replace(source, args=others)), classes)
 

@@ -99,8 +99,9 @@ def look_for(source: SourceSpec, dataset: str, options: DataOptions) -> InputSpe
     """Preprocessing for a network built from an architecture's name."""
     arch = source.name.partition(".")[0]
     cfg = timm.get_pretrained_cfg(check_name(arch), allow_unregistered=True)
+    own = {**(cfg.to_dict() if cfg else {}), **source.look}
     return input_for(
-        dataset, cfg.to_dict() if cfg else {}, options.img_size, options.in_chans,
+        dataset, own, options.img_size, options.in_chans,
         options.crop_pct, options.interpolation,
     )  # fmt: skip
 

@@ -162,7 +162,7 @@ def prepare(
             check_classes(images.classes, asked)
     else:
         args = model_arguments(source, look, classes)
-        checkpoint = stack.enter_context(open_source(replace(source, args=args)))
+        checkpoint = stack.enter_context(open_source(replace(source, args=args), notes))
     if plan.head is not None:
         seed = plan.seed if source.seed is None else source.seed
         checkpoint = with_fixed_head(checkpoint, plan.head, seed=seed, scale=plan.head_scale)

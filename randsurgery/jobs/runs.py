@@ -149,6 +149,7 @@ def options(plan: RunPlan) -> dict[str, Any]:
         "model-kwargs": [f"{key}={value}" for key, value in source.args.items()] or None,
         "pretrained": source.pretrained or None,
         "checkpoint": source.checkpoint if source.origin is None else None,
+        "ema": source.ema or None,
         "data-dir": data.data_dir,
         "num-classes": data.num_classes,
         "img-size": data.img_size,

@@ -10,9 +10,11 @@ zoo            the papers' architectures, entered in timm's registry
 architectures  registry names and arguments -> modules, checked before anything is allocated
 roles          what each tensor of a module is; patterns that select modules
 initialisers   the papers' weight distributions -> random sources
-bases          dense checkpoints to build on (.safetensors, .pth)
-recipes        module -> recipe
+pickles        what torch.save wrote, read without running a line of it
+checkpoints    what training programs write: where the weights lie, what stands before their names
+bases          dense checkpoints to build on, opened
 heads          fixed classifiers
+recipes        module -> recipe, on a base too
 plans          what is to be learned: fractions, layers, norms, the classifier
 threshold      the exact top-k selection of edge-popup
 scores         scores on weights: attach them, harvest masks
