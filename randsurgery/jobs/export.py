@@ -185,7 +185,7 @@ def _timm_folder(plan: Export) -> int:
 
     from randsurgery.surgery.modules import build
 
-    model = build(plan.checkpoint, plan.member.name)
+    model = build(plan.checkpoint, plan.member.name, dtype=None)  # as it is in the file
     model.pretrained_cfg = _own_cfg(model.pretrained_cfg, plan.checkpoint.recipe)  # type: ignore[assignment]
     target = plan.target
     try:
