@@ -105,6 +105,7 @@ def freeze(
     """
     from randsurgery.cli import render
     from randsurgery.errors import UsageError
+    from randsurgery.inspection.storage import storage
     from randsurgery.jobs.freeze import FreezePlan, prepare_freeze, run_freeze
     from randsurgery.jobs.sources import SourceSpec
     from randsurgery.surgery.heads import FIXED_KINDS
@@ -157,4 +158,5 @@ def freeze(
     if written is None:
         note(f"would write {job.output}")
     else:
+        render.say_bases(storage(job.output))
         note(f"written and verified: {job.output} ({common.size(written)})")

@@ -93,8 +93,9 @@ def build(
     Without ``model`` the recipe's architecture is built; its size is checked on meta before
     anything is allocated. Its floating tensors get ``dtype``, in which it computes, whatever those
     of the file are (half precision fits into float32 exactly, double is rounded); None: those of
-    the file. With ``model`` (for recipes of any nn.Module) the values are copied into it. Raises IncompatibleError if names, shapes or classes do not fit, UsageError if ``model`` has
-    popup scores.
+    the file. With ``model`` (for recipes of any nn.Module) the values are copied into it. Raises
+    IncompatibleError if names, shapes or classes do not fit, UsageError if ``model`` has popup
+    scores.
     """
     who = checkpoint.member(member)
     recipe = checkpoint.recipe
