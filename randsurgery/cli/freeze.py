@@ -152,7 +152,8 @@ def freeze(
         beside = {} if written is None else {"path": str(job.output), "bytes": written}
         print_json({**beside, **job.to_json()})
         return
-    render.show_layers(job.layers)
+    if common.verbosity.level >= 1:
+        render.show_layers(job.layers)
     for line in job.notes:
         note(line)
     if written is None:
