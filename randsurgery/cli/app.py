@@ -101,12 +101,11 @@ def spread(arguments: Sequence[str]) -> Iterator[str]:
 
 def with_value(message: str, arguments: Sequence[str]) -> str:
     """The parser's complaint about an option, with the value that it found."""
-    option = re.search(r"Invalid value for '(?:[^']* )?(--[\w-]+)'", message)
-    if option is None:
-        return message
+    about = re.match(r"Invalid value for (.*?): ", message)
+    names = re.findall(r"--?[A-Za-z][\w-]*", about[1]) if about else []
     for at, argument in enumerate(arguments):
         name, equals, value = argument.partition("=")
-        if name == option[1] and (equals or at + 1 < len(arguments)):
+        if name in names and (equals or at + 1 < len(arguments)):
             found = value if equals else arguments[at + 1]
             return message if found in message else f"{message.rstrip('.')}, found {found[:80]!r}"
     return message
