@@ -6,6 +6,7 @@ import contextlib
 import os
 from collections.abc import Sequence
 
+import torch
 from torch import nn
 
 from randsurgery.errors import (
@@ -69,15 +70,17 @@ def load(
     model: nn.Module | None = None,
     member: str | None = None,
     base: Path | None = None,
+    dtype: torch.dtype | None = torch.float32,
 ) -> nn.Module:
     """The network in a file: a plain nn.Module on the CPU, in evaluation mode.
 
+    ``dtype``: of its floating tensors, whatever they are in the file; None: as in the file.
     ``model``: your own module to fill, needed if the file names no architecture. ``member``: which
     network, if the file has several. ``base``: the base checkpoint, if the file builds on one that
     does not lie beside it. Raises FileFormatError or IncompatibleError.
     """
     with open_checkpoint(path, base) as checkpoint:
-        return build(checkpoint, member, model=model)
+        return build(checkpoint, member, model=model, dtype=dtype)
 
 
 def load_ensemble(

@@ -106,6 +106,7 @@ def freeze(
     """
     from randsurgery.cli import render
     from randsurgery.errors import UsageError
+    from randsurgery.inspection.storage import storage
     from randsurgery.jobs.freeze import FreezePlan, prepare_freeze, run_freeze
     from randsurgery.jobs.sources import SourceSpec
     from randsurgery.surgery.heads import FIXED_KINDS
@@ -153,10 +154,12 @@ def freeze(
         beside = {} if written is None else {"path": str(job.output), "bytes": written}
         print_json({**beside, **job.to_json()})
         return
-    render.show_layers(job.layers)
+    if common.verbosity.level >= 1:
+        render.show_layers(job.layers)
     for line in job.notes:
         note(common.clean(line))
     if written is None:
         note(f"would write {job.output}")
     else:
+        render.say_bases(storage(job.output))
         note(f"written and verified: {job.output} ({common.size(written)})")

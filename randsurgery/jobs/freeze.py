@@ -11,6 +11,7 @@ from randsurgery.format.checkpoint import Checkpoint
 from randsurgery.format.container import check_network, check_not_input
 from randsurgery.format.writing import write_checkpoint
 from randsurgery.jobs import runs
+from randsurgery.jobs.inputs import without_idle_size
 from randsurgery.jobs.preparing import closing_on_error
 from randsurgery.jobs.records import keep_base, with_provenance
 from randsurgery.jobs.sources import SourceSpec, masked_tensors, open_source, resolve_source
@@ -82,6 +83,7 @@ def prepare_freeze(plan: FreezePlan) -> PreparedFreeze:
     if plan.zero and not plan.wish.slices:
         raise UsageError("--fill zero goes with --fraction or --count")
     source = resolve_source(plan.source, init="kaiming-normal")
+    source = without_idle_size(source)
     seed = source.seed or 0
     if source.is_file and plan.head is not None:
         source = replace(source, seed=None)  # it is that of the classifier's rows alone

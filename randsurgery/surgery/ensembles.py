@@ -318,8 +318,11 @@ class Ensemble(nn.Module):
         names = sorted({name for member in chosen for name in member.tensors} & set(state))
         return {
             name: torch.stack(
-                [to_torch(self.checkpoint.rebuild(member, name)) for member in chosen]
-            ).to(state[name].device, state[name].dtype)
+                [
+                    to_torch(self.checkpoint.rebuild(member, name)).to(state[name])
+                    for member in chosen
+                ]
+            )
             for name in names
         }
 

@@ -47,7 +47,7 @@ from randsurgery.surgery.sentences import (
     slice_overlay,
     stored_entry,
 )
-from randsurgery.surgery.tensors import dtype_name, from_torch, to_torch
+from randsurgery.surgery.tensors import dtype_name, from_torch, same_values, to_torch
 
 
 def check_fit(
@@ -86,13 +86,16 @@ def build(
     *,
     model: nn.Module | None = None,
     threads: int | None = None,
+    dtype: torch.dtype | None = torch.float32,
 ) -> nn.Module:
     """The network of one member: a plain module in evaluation mode, no parametrization left.
 
     Without ``model`` the recipe's architecture is built; its size is checked on meta before
-    anything is allocated. With ``model`` (for recipes of any nn.Module) the values are copied into
-    it. Raises IncompatibleError if names, shapes or classes do not fit, UsageError if ``model`` has
-    popup scores.
+    anything is allocated. Its floating tensors get ``dtype``, in which it computes, whatever those
+    of the file are (half precision fits into float32 exactly, double is rounded); None: those of
+    the file. With ``model`` (for recipes of any nn.Module) the values are copied into it. Raises
+    IncompatibleError if names, shapes or classes do not fit, UsageError if ``model`` has popup
+    scores.
     """
     who = checkpoint.member(member)
     recipe = checkpoint.recipe
@@ -109,11 +112,11 @@ def build(
     assert spec is not None
     check_fit(recipe, who, shell, spec.name)
     raw = checkpoint.tensors(who.name, threads)
-    _move_into(shell, raw)
+    _move_into(shell, raw, dtype)
     if not fill_hidden(shell):
         # some hidden buffer only the constructor can fill
         whole = _with_head_of(who, build_initialised(spec, 0))
-        _copy_into(whole, raw)
+        _move_into(whole, raw, dtype)
         return whole.eval()
     return shell.eval()
 
@@ -134,13 +137,16 @@ def _with_head_of(member: Member, model: nn.Module) -> nn.Module:
     return model
 
 
-def _move_into(shell: nn.Module, raw: Mapping[str, RawTensor]) -> None:
-    """Make the tensors those of a module on meta, without a copy. ``check_fit`` has compared
-    names and shapes, so that nothing of load_state_dict's work is left but this."""
+def _move_into(shell: nn.Module, raw: Mapping[str, RawTensor], dtype: torch.dtype | None) -> None:
+    """Make the tensors those of a module on meta, without a copy where they have the dtype.
+    ``check_fit`` has compared names and shapes, so that nothing of load_state_dict's work is left
+    but this."""
     owners: dict[str, Any] = dict(shell.named_modules(remove_duplicate=False))
     for name, tensor in raw.items():
         prefix, _, leaf = name.rpartition(".")
         old, new = getattr(owners[prefix], leaf), to_torch(tensor)
+        if dtype is not None and new.is_floating_point():
+            new = new.to(dtype)
         if isinstance(old, nn.Parameter):
             new = nn.Parameter(new, requires_grad=old.requires_grad)
         setattr(owners[prefix], leaf, new)
@@ -270,12 +276,14 @@ def _change(
     """What the member must say of one tensor; None if the shared entry says it all."""
     if mask is None and name in member.tensors:
         before = checkpoint.tensor(name, member.name)
-        if before.same_bits(raw):
+        if same_values(before, raw):
             return _keep(checkpoint, member, name, payloads)
     overlays: list[Overlay] = []
     known = name in checkpoint.recipe.tensors
     shared = checkpoint.rebuild(Member(), name) if known else None
-    if shared is None or not shared.same_bits(raw):
+    # what a mask's factor multiplies is rounded in the entry's dtype
+    exact = mask is not None and mask[1] != 1.0
+    if shared is None or not (shared.same_bits(raw) if exact else same_values(shared, raw)):
         fits = shared is not None and (shared.dtype, shared.shape) == (raw.dtype, raw.shape)
         if fits and shared is not None and part is not None and _only_slice(shared, raw, part):
             assert part.dim is not None

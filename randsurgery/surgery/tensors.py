@@ -56,3 +56,17 @@ def from_torch(tensor: torch.Tensor, what: str = "tensor") -> RawTensor:
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     words = flat.view(_VIA[tensor.element_size()]).numpy()
     return RawTensor(name, words.view(STORAGE[name]).reshape(tuple(tensor.shape)))
+
+
+def cast(raw: RawTensor, dtype: str) -> RawTensor:
+    """The tensor in another floating dtype, as torch rounds it; the same object if it has it."""
+    return raw if raw.dtype == dtype else from_torch(to_torch(raw).to(TORCH[dtype]))
+
+
+def same_values(ours: RawTensor, theirs: RawTensor) -> bool:
+    """True if the first, in the dtype of the second, has its bits: a network computes in another
+    dtype than its file may have."""
+    floating = TORCH[ours.dtype].is_floating_point and TORCH[theirs.dtype].is_floating_point
+    if ours.dtype != theirs.dtype and floating and ours.shape == theirs.shape:
+        return cast(ours, theirs.dtype).same_bits(theirs)
+    return ours.same_bits(theirs)
