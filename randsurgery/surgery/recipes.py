@@ -42,7 +42,7 @@ from randsurgery.surgery.initialisers import (
     parse_fraction,
     random_source,
 )
-from randsurgery.surgery.roles import Role, TensorRole, tensor_roles
+from randsurgery.surgery.roles import Role, TensorRole, check_storable, tensor_roles
 from randsurgery.surgery.sentences import stored_entry
 from randsurgery.surgery.tensors import dtype_name, from_torch
 
@@ -105,6 +105,7 @@ def make_recipe(
     assert isinstance(shell, nn.Module)
     state = shell.state_dict()
     roles = tensor_roles(shell)
+    check_storable(state, roles)
     speaker = _speakers(shell, roles)
     sources = {
         name: _tied(planned_source(roles[speaker[name]], init, seed, scale_k), name, speaker)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -21,12 +21,13 @@ from randsurgery.format.generator import Role, generate
 from randsurgery.format.masks import Mask, popcount
 from randsurgery.format.recipe import Algorithm
 from randsurgery.format.tensors import f32
-from randsurgery.surgery.heads import fixed_heads
+from randsurgery.surgery.heads import FixedClassifier, check_not_fixed, fixed_heads
 from randsurgery.surgery.initialisers import check_seed
 from randsurgery.surgery.roles import (
     STANDARDISED,
+    Selection,
     masked_weights,
-    select_modules,
+    select,
     tensor_roles,
 )
 from randsurgery.surgery.tensors import equal_bits
@@ -37,7 +38,8 @@ class Scoring:
     """What both algorithms are told.
 
     seed: of the initial scores. skip: patterns of layers left dense and frozen. learn: patterns
-    (``@norm``, ``@head``) of layers learned beside the mask, not masked.
+    (``@norm``, ``@head``) of layers, or of single parameters (``pos_embed``), that are learned
+    beside the mask, not masked.
     """
 
     seed: int = 0
@@ -251,14 +253,18 @@ def tensor_name(layer: str, leaf: str) -> str:
 Target = tuple[str, nn.Module, str]
 
 
-def resolve(model: nn.Module, wish: Scoring) -> tuple[list[Target], set[str]]:
-    """What ``put_scores`` will mask, as (module name, module, parameter), and the modules that are
-    learned beside. Touches nothing, so a module on meta will do. Raises as it does."""
+def resolve(model: nn.Module, wish: Scoring) -> tuple[list[Target], Selection]:
+    """What ``put_scores`` will mask, as (module name, module, parameter), and what is learned
+    beside. Touches nothing, so a module on meta will do. Raises as it does."""
     if attached(model):
         raise UsageError("the module has scores already")
-    left_out = select_modules(model, (*wish.skip, *wish.learn))
-    learned = select_modules(model, wish.learn)
-    targets = [t for t in masked_weights(model) if t[0] not in left_out]
+    learned = select_learned(model, wish)
+    left_out = select(model, wish.skip) | learned
+    targets = [
+        (name, module, leaf)
+        for name, module, leaf in masked_weights(model)
+        if not left_out.holds(name, leaf) and getattr(module, leaf).numel()
+    ]
     if not targets:
         raise UsageError("no convolution or linear layer is left to mask")
     holders = owners(model)
@@ -271,7 +277,8 @@ def resolve(model: nn.Module, wish: Scoring) -> tuple[list[Target], set[str]]:
             )
         if leaf not in module._parameters:
             raise IncompatibleError(
-                f"{name}.{leaf} has a parametrization already; remove it first, or --skip the layer"
+                f"{tensor_name(name, leaf)} has a parametrization already; remove it first, or "
+                "--skip the layer"
             )
         if isinstance(module, STANDARDISED):
             raise IncompatibleError(
@@ -279,6 +286,41 @@ def resolve(model: nn.Module, wish: Scoring) -> tuple[list[Target], set[str]]:
                 "of a mask; choose another architecture, or --skip such layers"
             )
     return targets, learned
+
+
+def unmasked(model: nn.Module, wish: Scoring) -> str | None:
+    """What popup leaves as it is although it is no bias, norm, position or token: recurrent layers,
+    embeddings, parameters of the user's own. One sentence; None if there is none. A module on meta
+    will do."""
+    left_out = select(model, (*wish.skip, *wish.learn))
+    roles, places = tensor_roles(model), dict[str, None]()
+    for place, module in model.named_modules():
+        if isinstance(module, FixedClassifier):
+            continue
+        for leaf, parameter in module.named_parameters(recurse=False):
+            other = roles[tensor_name(place, leaf)].role == "other"
+            if other and parameter.numel() and not left_out.holds(place, leaf):
+                whole = place and not any(True for _ in module.children())
+                kind = type(module).__name__
+                places[f"{place} ({kind})" if whole else tensor_name(place, leaf)] = None
+    if not places:
+        return None
+    shown = list(places)[:6]
+    more = f" and {len(places) - len(shown)} more" if len(places) > len(shown) else ""
+    return (
+        f"neither masked nor learned, left as they are: {', '.join(shown)}{more}; name them with "
+        "--learn to train them, or with --skip if that is meant"
+    )
+
+
+def check_has_values(model: nn.Module, what: str) -> None:
+    """Raises IncompatibleError if some of the module is on meta."""
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_meta:
+            raise IncompatibleError(
+                f"{what} needs a module with values, but {name} is on meta; build the module on "
+                "the CPU, or load a file into it first"
+            )
 
 
 def owners(model: nn.Module) -> dict[int, list[str]]:
@@ -302,6 +344,7 @@ def put_scores(
     another parametrization).
     """
     targets, learned = resolve(model, wish)
+    check_has_values(model, "a mask")
     roles = tensor_roles(model)
     _learn_alone(model, learned)
     for name, module, leaf in targets:
@@ -320,17 +363,24 @@ def learn_beside(model: nn.Module, wish: Scoring) -> nn.Module:
     return model
 
 
-def select_learned(model: nn.Module, wish: Scoring) -> set[str]:
-    """The modules that ``wish.learn`` names. Raises UsageError for a pattern without a match."""
-    return select_modules(model, wish.learn)
+def select_learned(model: nn.Module, wish: Scoring) -> Selection:
+    """What ``wish.learn`` names. Raises UsageError for a pattern without a match, IncompatibleError
+    for one that names what a fixed classifier fixes."""
+    found = select(model, wish.learn)
+    check_not_fixed(model, sorted(found.parameters))
+    return found
 
 
-def _learn_alone(model: nn.Module, names: Iterable[str]) -> None:
+def _learn_alone(model: nn.Module, learned: Selection) -> None:
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    for name in names:
-        for parameter in model.get_submodule(name).parameters(recurse=False):
-            parameter.requires_grad_(True)
+    for name in learned.modules:
+        module = model.get_submodule(name)
+        if not isinstance(module, FixedClassifier):
+            for parameter in module.parameters(recurse=False):
+                parameter.requires_grad_(True)
+    for name in learned.parameters:
+        model.get_parameter(name).requires_grad_(True)
     for head in fixed_heads(model).values():
         for _, parameter in head.learned_parameters():
             parameter.requires_grad_(True)
@@ -348,6 +398,7 @@ def initial_scores(
 
 def harvest(model: nn.Module) -> dict[str, Mask]:
     """The mask of every scored tensor by name. Leaves the module as it is."""
+    check_has_values(model, "a harvest")
     for name, layer in attached(model).items():
         if not bool(torch.isfinite(layer.scores).all()):
             raise IncompatibleError(f"{name}: its scores are not finite")

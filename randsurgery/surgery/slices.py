@@ -18,7 +18,8 @@ from torch.nn.utils import parametrize
 from randsurgery.errors import IncompatibleError, UsageError
 from randsurgery.format.masks import Mask
 from randsurgery.format.recipe import Learned, Plan
-from randsurgery.surgery.scores import owners
+from randsurgery.surgery.heads import check_not_fixed
+from randsurgery.surgery.scores import check_has_values, owners
 from randsurgery.surgery.sliced_layers import PLAIN, Sliced, assembled, is_plain
 
 
@@ -139,6 +140,8 @@ def attach(
     """
     if attached(model):
         raise UsageError("the module has a plan attached already")
+    check_not_fixed(model, plan.tensors)
+    check_has_values(model, "a plan")
     shared = {ident for ident, names in owners(model).items() if len(names) > 1}
     found: list[tuple[str, nn.Module, str, Learned]] = []
     for name, part in plan.tensors.items():
