@@ -139,7 +139,7 @@ class Checkpoint:
     def in_memory(self) -> Checkpoint:
         """The same without any file: its payloads, and the tensors of bases that it speaks of."""
         payloads = Memory({n: self.payloads.read(n) for n in payload_names(self.recipe)})
-        used = [entry.source for _, _, entry in self.recipe.entries()]
+        used: list[object] = [entry.source for _, _, entry in self.recipe.entries()]
         for member in self.recipe.members:
             used += [p.start for p in (member.plan.tensors if member.plan else {}).values()]
         bases: dict[str, Memory] = {key: Memory() for key in self.bases}

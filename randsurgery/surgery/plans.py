@@ -128,8 +128,6 @@ def _slices(name: str, module: nn.Module, wish: Freeze, empty: list[str]) -> dic
                 "parametrization), so it has no slice to learn; remove that first, or name other "
                 "layers with --only"
             )
-        if not weight.numel():
-            continue
         if not isinstance(module, (_ConvNd, nn.Linear, nn.MultiheadAttention)):
             raise IncompatibleError(
                 f"{full} ({type(module).__name__}) is not a plain filter tensor; name other layers "
@@ -147,7 +145,7 @@ def _slices(name: str, module: nn.Module, wish: Freeze, empty: list[str]) -> dic
                 "--linear whole, or name layers with --only"
             )
         count = _filters(wish, weight.shape[dim])
-        if count == 0:
+        if count == 0 and weight.shape[dim]:
             empty.append(full)
         found[full] = Learned(part="slice", dim=dim, count=count)
         bias = {"weight": "bias", "in_proj_weight": "in_proj_bias"}.get(leaf, "")

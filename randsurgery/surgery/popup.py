@@ -18,9 +18,9 @@ from randsurgery.errors import UsageError
 from randsurgery.format.generator import Role
 from randsurgery.format.masks import Mask
 from randsurgery.surgery.initialisers import kept_count, parse_fraction
+from randsurgery.surgery.masking import Scores
 from randsurgery.surgery.roles import select_modules
 from randsurgery.surgery.scores import (
-    Scores,
     Scoring,
     initial_scores,
     put_scores,

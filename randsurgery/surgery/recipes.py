@@ -7,7 +7,7 @@ from fractions import Fraction
 
 from torch import nn
 
-from randsurgery.errors import IncompatibleError, near
+from randsurgery.errors import IncompatibleError, UsageError, near
 from randsurgery.format.checkpoint import Checkpoint, Memory
 from randsurgery.format.container import Container
 from randsurgery.format.fields import SHARED
@@ -102,7 +102,8 @@ def make_recipe(
     scale_k = _checked(init, seed, scaled_for)
     spec = spec_of(model, dict(args or {})) if isinstance(model, str) else None
     shell = build_meta(spec) if spec is not None else model
-    assert isinstance(shell, nn.Module)
+    if not isinstance(shell, nn.Module):
+        raise UsageError(f"expected a timm name or an nn.Module, found {type(shell).__name__}")
     state = shell.state_dict()
     roles = tensor_roles(shell)
     check_storable(state, roles)

@@ -19,7 +19,8 @@ from randsurgery.format.generator import generate
 from randsurgery.format.masks import Mask
 from randsurgery.format.recipe import Member
 from randsurgery.format.tensors import f32
-from randsurgery.surgery.scores import Scores, Scoring, initial_scores, put_scores
+from randsurgery.surgery.masking import Scores
+from randsurgery.surgery.scores import Scoring, initial_scores, put_scores
 from randsurgery.surgery.tensors import to_torch
 
 Final = Literal["threshold", "sample"]

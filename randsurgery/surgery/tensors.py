@@ -37,6 +37,12 @@ def equal_bits(first: torch.Tensor, second: torch.Tensor) -> bool:
     return torch.equal(first.detach().view(words), second.detach().view(words))
 
 
+def same_elements(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """Where two tensors of one dtype and shape have the same bits."""
+    words = _VIA[first.element_size()]
+    return first.view(words) == second.view(words)
+
+
 def transformed() -> bool:
     """True within torch.func's transforms, whose tensors have no memory to look at."""
     found: bool = torch._C._are_functorch_transforms_active()
