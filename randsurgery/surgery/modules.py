@@ -239,6 +239,7 @@ def harvest(
     """
     checkpoint = as_checkpoint(checkpoint)
     check_module(model)
+    scoring.check_has_values(model, "a file")
     check_fit(checkpoint.recipe, checkpoint.member(member), model, "the module")
     layers = scoring.attached(model)
     kept = layers if scores else {}

@@ -8,6 +8,7 @@ rest.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -145,6 +146,11 @@ def _weight_gradient(
     return product.sum(0).view(weight.shape)
 
 
+def _rows(tensor: torch.Tensor) -> torch.Tensor:
+    """(..., n) -> (rows, n), also where n is 0."""
+    return tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])
+
+
 class _LinearSlice(torch.autograd.Function):
     """linear(x, weight, bias) with the gradients of ``_ConvSlice``."""
 
@@ -166,11 +172,11 @@ class _LinearSlice(torch.autograd.Function):
         x, weight = _remembered(ctx)
         n = ctx.count
         for_x = for_slice = for_bias = None
-        rows = gradient.reshape(-1, gradient.shape[-1])
+        rows = _rows(gradient)
         if ctx.needs_input_grad[0]:
             for_x = gradient.matmul(weight)
         if ctx.needs_input_grad[1]:
-            seen = x.reshape(-1, x.shape[-1])
+            seen = _rows(x)
             parts = (rows[:, :n], seen) if ctx.dim == 0 else (rows, seen[:, :n])
             for_slice = parts[0].t().mm(parts[1]).to(ctx.dtypes[0])
         if ctx.needs_input_grad[2]:
