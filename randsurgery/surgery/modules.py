@@ -38,7 +38,14 @@ from randsurgery.format.recipe import (
 from randsurgery.format.tensors import RawTensor, hex_float
 from randsurgery.surgery import scores as scoring
 from randsurgery.surgery import slices
-from randsurgery.surgery.architectures import build_initialised, build_meta, fill_hidden
+from randsurgery.surgery.architectures import (
+    build_initialised,
+    build_meta,
+    fill_hidden,
+    hidden_names,
+)
+from randsurgery.surgery.arguments import as_checkpoint, check_module
+from randsurgery.surgery.dtypes import in_files_dtype, scores_to_store
 from randsurgery.surgery.heads import install
 from randsurgery.surgery.sentences import (
     leading,
@@ -57,7 +64,11 @@ def check_fit(
     the same dtypes, so that values can be copied without loss. Raises IncompatibleError."""
     state = plain_state(model)
     names = set(recipe.tensor_names(member))
-    if missing := sorted(set(state) - names):
+    if (missing := sorted(set(state) - names)) and (inner := _wrapped(model, missing)):
+        raise IncompatibleError(
+            f"{what} is a {type(model).__name__} around another module; pass its .{inner}"
+        )
+    if missing:
         raise IncompatibleError(f"{what} needs {missing[0]!r}, which the file lacks")
     if strange := sorted(names - set(state)):
         raise IncompatibleError(
@@ -80,6 +91,15 @@ def check_fit(
             )
 
 
+def _wrapped(model: nn.Module, names: list[str]) -> str | None:
+    """Where DataParallel, AveragedModel, torch.compile and the like hold the module itself."""
+    for leaf in ("module", "_orig_mod"):
+        held = isinstance(getattr(model, leaf, None), nn.Module)
+        if held and any(name.startswith(f"{leaf}.") for name in names):
+            return leaf
+    return None
+
+
 def build(
     checkpoint: Checkpoint,
     member: str | None = None,
@@ -93,14 +113,16 @@ def build(
     Without ``model`` the recipe's architecture is built; its size is checked on meta before
     anything is allocated. Its floating tensors get ``dtype``, in which it computes, whatever those
     of the file are (half precision fits into float32 exactly, double is rounded); None: those of
-    the file. With ``model`` (for recipes of any nn.Module) the values are copied into it. Raises
-    IncompatibleError if names, shapes or classes do not fit, UsageError if ``model`` has popup
-    scores.
+    the file. With ``model`` (for recipes of any nn.Module) the values are copied into it;
+    what of it is on meta gets memory on the CPU. Raises IncompatibleError if names, shapes or
+    classes do not fit, UsageError if ``model`` has popup scores.
     """
+    checkpoint = as_checkpoint(checkpoint)
     who = checkpoint.member(member)
     recipe = checkpoint.recipe
     check_affordable(finished_bytes(recipe, who), "the checkpoint")
     if model is not None:
+        check_module(model)
         if scoring.attached(model) or slices.attached(model):
             raise UsageError("the given module has scores or a plan; pass one without")
         check_fit(recipe, who, model, "the given module", exact=True)
@@ -165,10 +187,35 @@ def _check_ties(model: nn.Module, raw: Mapping[str, RawTensor]) -> None:
 
 
 def _copy_into(model: nn.Module, raw: Mapping[str, RawTensor]) -> None:
-    state = model.state_dict()
+    state = model.state_dict(keep_vars=True)
+    hidden = _hidden_on_meta(model)
+    made: dict[int, nn.Parameter] = {}  # a parameter with several names stays one
     with torch.no_grad():
         for name, tensor in raw.items():
-            state[name].copy_(to_torch(tensor))
+            if not state[name].is_meta:
+                state[name].copy_(to_torch(tensor))
+                continue
+            prefix, _, leaf = name.rpartition(".")
+            old, new = state[name], to_torch(tensor)
+            if isinstance(old, nn.Parameter):
+                new = made.setdefault(id(old), nn.Parameter(new, requires_grad=old.requires_grad))
+            setattr(model.get_submodule(prefix), leaf, new)
+    if hidden:
+        fill_hidden(model)
+
+
+def _hidden_on_meta(model: nn.Module) -> list[str]:
+    """Buffers on meta that no file holds. Raises IncompatibleError if the module cannot make
+    them."""
+    found = [name for name in hidden_names(model) if model.get_buffer(name).is_meta]
+    for name in found:
+        owner = model.get_submodule(name.rpartition(".")[0])
+        if not hasattr(owner, "init_non_persistent_buffers"):
+            raise IncompatibleError(
+                f"the given module is on meta, and its buffer {name} is in no file; build the "
+                "module on the CPU"
+            )
+    return found
 
 
 def plain_state(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -192,24 +239,46 @@ def harvest(
     survivors are learned their values. Any other tensor that still equals, bit for bit,
     what the member or the shared entry made is not stored again; a changed one is a constant if
     it repeats one value, else a replacement. ``scores`` keeps the popup scores as payloads too.
-    Other members keep their overlays and payload bytes. Raises IncompatibleError if the module's
-    tensors are not those of the checkpoint.
+    Other members keep their overlays and payload bytes. A module that was cast to another dtype is
+    stored in the file's (dtypes.py). Raises IncompatibleError if the module's tensors are not those
+    of the checkpoint, or if casting it has left what the file cannot say.
     """
+    checkpoint = as_checkpoint(checkpoint)
+    check_module(model)
+    scoring.check_has_values(model, "a file")
     check_fit(checkpoint.recipe, checkpoint.member(member), model, "the module")
     layers = scoring.attached(model)
     kept = layers if scores else {}
     return record(
         checkpoint,
-        {name: from_torch(tensor, name) for name, tensor in plain_state(model).items()},
+        _raw_state(checkpoint, model, member, {n for n, one in layers.items() if one.rescales}),
         chosen=scoring.harvest(model),
         factors={name: layer.factor for name, layer in layers.items()},
         alive=slices.survivors(model),
         parts=slices.attached(model),
-        scores={n: from_torch(layer.scores.detach().clone(), n) for n, layer in kept.items()},
+        scores={n: scores_to_store(layer.scores, n) for n, layer in kept.items()},
         algorithm=next((layer.algorithm for layer in kept.values()), "edge-popup"),
         rescaled=any(layer.rescales for layer in kept.values()),
         member=member,
     )
+
+
+def _raw_state(
+    checkpoint: Checkpoint, model: nn.Module, member: str | None, rescaled: set[str]
+) -> dict[str, RawTensor]:
+    """The module's tensors under plain names, in the dtypes of the file."""
+    who, found = checkpoint.member(member), dict[str, RawTensor]()
+    for name, tensor in plain_state(model).items():
+        raw = from_torch(tensor, name)
+        if raw.dtype != checkpoint.recipe.resolved(who, name).dtype:
+            if name in rescaled:
+                raise IncompatibleError(
+                    f"the rescaled weights of {name} are {raw.dtype} in the module, which rounds "
+                    "them other than the file does; call .float() on the module before it is saved"
+                )
+            raw = in_files_dtype(raw, checkpoint.rebuild(who, name), name)
+        found[name] = raw
+    return found
 
 
 def record(

@@ -48,7 +48,7 @@ from randsurgery.surgery.initialisers import (
     parse_fraction,
     random_source,
 )
-from randsurgery.surgery.roles import Role, TensorRole, tensor_roles
+from randsurgery.surgery.roles import Role, TensorRole, check_storable, tensor_roles
 from randsurgery.surgery.sentences import mask_overlay, stored_entry
 from randsurgery.surgery.tensors import dtype_name, from_torch, to_torch
 
@@ -111,9 +111,11 @@ def make_recipe(
     scale_k = _checked(init, seed, scaled_for)
     spec = spec_of(model, dict(args or {})) if isinstance(model, str) else None
     shell = build_meta(spec) if spec is not None else model
-    assert isinstance(shell, nn.Module)
+    if not isinstance(shell, nn.Module):
+        raise UsageError(f"expected a timm name or an nn.Module, found {type(shell).__name__}")
     state = shell.state_dict()
     roles = tensor_roles(shell)
+    check_storable(state, roles)
     speaker = _speakers(shell, roles)
     sources = {
         name: _tied(planned_source(roles[speaker[name]], init, seed, scale_k), name, speaker)

@@ -29,6 +29,26 @@ NAMES = {dtype: name for name, dtype in TORCH.items()}
 _VIA = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
+def equal_bits(first: torch.Tensor, second: torch.Tensor) -> bool:
+    """True if dtype, device, shape and every bit agree. Both have values; an accelerator waits."""
+    if (first.dtype, first.device, first.shape) != (second.dtype, second.device, second.shape):
+        return False
+    words = _VIA[first.element_size()]
+    return torch.equal(first.detach().view(words), second.detach().view(words))
+
+
+def same_elements(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """Where two tensors of one dtype and shape have the same bits."""
+    words = _VIA[first.element_size()]
+    return first.view(words) == second.view(words)
+
+
+def transformed() -> bool:
+    """True within torch.func's transforms, whose tensors have no memory to look at."""
+    found: bool = torch._C._are_functorch_transforms_active()
+    return found
+
+
 def dtype_name(dtype: torch.dtype, what: str) -> str:
     """The format's name of a torch dtype. Raises IncompatibleError for complex and quantised."""
     if dtype not in NAMES:
