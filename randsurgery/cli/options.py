@@ -204,7 +204,8 @@ Members = Annotated[
 EngineOption = Annotated[
     str,
     typer.Option(
-        help="switch: one network becomes each member in turn; batched: all in one call; auto.",
+        help="switch: one network becomes each member in turn; held: all side by side, one after "
+        "another; batched: in one call; auto.",
         rich_help_panel=TRAINING,
     ),
 ]

@@ -82,7 +82,7 @@ class Scores(nn.Module):
     The masked weight is computed whenever the weight is read, from what the scores then are;
     reads within one call of the layer that holds it share one. In evaluation mode it is kept, with
     copies of scores and weight, and taken again as long as both are the same to the bit: comparing
-    costs a third of choosing, and no write to them can go unseen.
+    costs less than choosing, and no write to them can go unseen.
     """
 
     def __init__(self, tensor_name: str, scores: torch.Tensor) -> None:
