@@ -319,7 +319,10 @@ def _other_head(have: int, wanted: int) -> str:
     """What can be done about a learned classifier of another number of classes."""
     if have > wanted:
         return f"pass --num-classes {have} or start from another file"
-    return "start from a file whose classifier is not learned, or from the architecture"
+    return (
+        f"pass --num-classes {have} if the dataset has no more, or start from a file whose "
+        "classifier is not learned"
+    )
 
 
 def _refixed(checkpoint: Checkpoint, head: HeadSpec, spec: ModelSpec, classes: int) -> Checkpoint:

@@ -271,12 +271,13 @@ def _raw_state(
     for name, tensor in plain_state(model).items():
         raw = from_torch(tensor, name)
         if raw.dtype != checkpoint.recipe.resolved(who, name).dtype:
-            if name in rescaled:
+            if name in rescaled and raw.dtype != "F32":
                 raise IncompatibleError(
                     f"the rescaled weights of {name} are {raw.dtype} in the module, which rounds "
                     "them other than the file does; call .float() on the module before it is saved"
                 )
-            raw = in_files_dtype(raw, checkpoint.rebuild(who, name), name)
+            if name not in rescaled:  # what a factor multiplies is kept in single precision
+                raw = in_files_dtype(raw, checkpoint.rebuild(who, name), name)
         found[name] = raw
     return found
 
