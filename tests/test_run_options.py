@@ -253,6 +253,22 @@ def test_a_loss_that_stays_at_guessing_is_told_with_the_remedy() -> None:
     assert not words
 
 
+def test_a_state_within_an_epoch_needs_no_known_labels(here: Path) -> None:
+    """As of sets of the Hub that tell a label only with its image."""
+    whole = few()
+    data = whole._as_pictures(quick())
+    data.known = None
+    states: list[RunState] = []
+
+    def on_state(state: RunState) -> None:
+        write_state(here / "state", state, RUN)
+        states.append(read_state(here / "state", RUN))
+
+    hooks = Hooks(on_state=on_state, state_every=1)
+    fit(popped(), data, None, quick(batch_size=16, crop_padding=0, hflip=False), hooks)
+    assert [state.step for state in states] == [1, 2, 3, 4]
+
+
 def test_mixed_images_have_no_training_accuracy() -> None:
     records = fit(popped(), few(), few(64, 32), quick(mixup=0.4))
     assert records[0]["train_accuracy"] is None

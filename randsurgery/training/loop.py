@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.special import entr
 from torch import nn
 
 from randsurgery.errors import DataError, DivergedError, UsageError
@@ -74,7 +75,7 @@ class Run:
     weights: torch.Tensor | None = None  # of the classes, in the loss
     average: Average | None = None
     best: dict[str, torch.Tensor] | None = None  # what the best epoch so far had learned
-    entropy: float = math.inf  # of the classes' shares: the loss of guessing by these
+    entropy: float = 0.0  # of the classes' shares, the loss of guessing by these; 0 if unknown
     guessed: float | None = None  # the loss at which the last epoch stayed, if that was guessing
     warned: bool = False
     checked: bool = False  # all labels are known to be classes of the network
@@ -132,16 +133,16 @@ def start(
     that exceed the network's ``classes`` (default: those of the dataset)."""
     count = classes or len(train.classes)
     run = Run(model, settings, train.steps(settings.batch_size), count)
-    if train.labels is not None and count:
-        _check_labels(int(train.labels.max()), count)
+    labels = train.labels
+    if labels is not None and count:
+        _check_labels(int(labels.max()), count)
         run.checked = True
     if run.learned and settings.epochs > 0:
         run.optimizer, run.scheduler = set_up(run.learned, settings, run.steps)
         if settings.model_ema:
             run.average = Average(model, settings.model_ema_decay)
-    if train.labels is not None and len(train.labels):
-        shares = np.bincount(train.labels) / len(train.labels)
-        run.entropy = float(-(shares * np.log(np.maximum(shares, 1e-12))).sum())
+    if labels is not None:
+        run.entropy = float(entr(np.bincount(labels) / len(labels)).sum())
     if settings.class_weights is not None:
         run.weights = balanced(train, count).to(run.device)
     return run
@@ -259,6 +260,17 @@ def _concluded(run: Run, test: Data | None, validation: Data | None, hooks: Hook
     return [*run.history, record]
 
 
+def _guessed(run: Run) -> float | None:
+    """The loss of guessing, if every batch of the epoch stayed there: ln C, or what the classes'
+    shares alone tell."""
+    if run.sums.batches < GUESSED_BATCHES or mixes(run.settings):
+        return None
+    for loss, off in ((math.log(run.classes), run.sums.off), (run.entropy, run.sums.off_shares)):
+        if off < CHANCE * loss:
+            return loss
+    return None
+
+
 def _warn_of_guessing(run: Run, hooks: Hooks) -> None:
     """Say once that a network guesses: whoever says the same of each image has loss ln C."""
     if run.guessed is not None and not run.warned and run.optimizer is not None:
@@ -299,14 +311,7 @@ def _epoch(run: Run, train: Data, hooks: Hooks) -> Record:
         if hooks.on_state is not None and due and run.sums.batches < run.steps:
             _check_finite(run)
             hooks.on_state(run.state(hooks.memory()))
-    several = run.sums.batches >= GUESSED_BATCHES and not mixes(run.settings)
-    equal, by_share = math.log(run.classes), run.entropy
-    at = equal if run.sums.off < CHANCE * equal else by_share
-    run.guessed = (
-        at
-        if several and (run.sums.off < CHANCE * equal or run.sums.off_shares < CHANCE * by_share)
-        else None
-    )
+    run.guessed = _guessed(run)
     sums, run.sums = run.sums, Sums()
     mixed = mixes(run.settings)  # such an image is of two classes
     return {
