@@ -328,6 +328,20 @@ def test_a_folders_test_images_that_fitted_a_temperature_are_left_out() -> None:
     succeed("ensemble", "calibrate", "b.safetensors", "--data-dir", "d", "--share", "1")
     result = succeed("ensemble", "eval", "b.safetensors", "--data-dir", "d")
     assert "a temperature was fitted on these images: its figures are too good" in result.stderr
+    result = succeed("ensemble", "eval", "b.safetensors", "--data-dir", "e")  # other images
+    assert "too good" not in result.stderr
+
+
+def test_validation_images_that_fitted_a_temperature_are_left_out() -> None:
+    pets(train=20, test=4)
+    succeed("ensemble", "build", *SMALL, "--data-dir", "d", "--val-split", "0.5", "--members", 2,
+            "--kind", "full", "-o", "b.safetensors")  # fmt: skip
+    found = said("ensemble", "calibrate", "b.safetensors", "--data-dir", "d", "--share", "0.5")
+    assert (found["split"], found["images"]) == ("validation", 10)
+    for command in (("ensemble", "eval"), ("eval", "--member", "m1")):
+        shown_on = said(*command, "b.safetensors", "--data-dir", "d", "--split", "val")
+        assert shown_on["images"] == 10
+    assert said("eval", "b.safetensors", "--member", "m0", "--data-dir", "d")["images"] == 8
 
 
 def test_skipped_images_are_counted_once() -> None:

@@ -88,18 +88,16 @@ def evaluate(
     result, shown = found.fixed, found.shown
     common.say_shown(shown, "evaluating on digits", found.left_out, found.flattering)
     rows = tables.per_class(result.labels, result.said, found.names) if per_class else []
-    words = render.SPLIT_WORDS[shown.split]
     if target is not None:
         counted = tables.confusion(result.labels, result.said, len(found.names))
-        tables.write_confusion(counted, found.names, target, split=words)
+        tables.write_confusion(counted, found.names, target, split=render.SPLIT_WORDS[shown.split])
         note(f"confusion: {target}")
     if json:
         more = tables.to_json(rows) if rows else {}
         print_json({"file": file, **found.to_json(), **more})
         return
-    where = f" ({shown.data.where})" if shown.data.where else ""
     pairs = [
-        ("dataset", f"{shown.dataset.name}, {result.images:,} {words}{where}"),
+        ("dataset", render.images_of(shown, result.images)),
         ("accuracy", f"{result.accuracy:.4f}"),
         ("top-5 accuracy", f"{result.top5_accuracy:.4f}"),
         ("loss", f"{result.loss:.4f}"),

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from randsurgery.inspection.members import MembersReport
     from randsurgery.inspection.storage import StorageReport, TensorStorage
     from randsurgery.jobs.ensembles import Scored
+    from randsurgery.jobs.inputs import Shown
     from randsurgery.surgery.plans import LayerCount
     from randsurgery.training.loop import Hooks
 
@@ -138,15 +139,17 @@ SPLIT_WORDS = {
 }  # fmt: skip
 
 
+def images_of(shown: Shown, count: int) -> str:
+    """``folder, 120 test images (test/)``."""
+    where = f" ({shown.data.where})" if shown.data.where else ""
+    return clean(f"{shown.dataset.name}, {count:,} {SPLIT_WORDS[shown.split]}{where}")
+
+
 def show_ensemble(found: Scored) -> None:
     """Each member's figures and the ensemble's, and the paper's row of them."""
     metrics, console = found.metrics, out()
     labelled = metrics.labelled > 0
-    shown = found.shown
-    where = f" ({clean(shown.data.where)})" if shown.data.where else ""
-    console.print(
-        f"{clean(shown.dataset.name)}, {metrics.images:,} {SPLIT_WORDS[shown.split]}{where}"
-    )
+    console.print(images_of(found.shown, metrics.images))
     columns = ("", "accuracy", "NLL", "Brier", "ECE", "AURC", "entropy")
     made = table(*columns, right=tuple(range(1, 7)))
     rows = [*metrics.members.items()]
@@ -251,12 +254,19 @@ def training_progress(epochs: int) -> Iterator[Hooks]:
         )  # fmt: skip
 
 
+def accuracy_of(record: dict[str, Any], *, first: str) -> str:
+    """An accuracy, and on which images it is: those of ``first`` ("val", "test") if there are some,
+    else the others; empty if it was taken on neither."""
+    for which in (first, "test", "val"):
+        if (found := record.get(f"{which}_accuracy")) is not None:
+            return f"{'validation' if which == 'val' else which} accuracy {found:.2%}"
+    return ""
+
+
 def seen(record: dict[str, Any]) -> str:
-    """An epoch's accuracy, and on which images it is."""
-    which = "val" if "val_accuracy" in record else "test"
-    name = "validation" if which == "val" else which
-    found = record.get(f"{which}_accuracy")
-    return "" if found is None else f", {name} accuracy {found:.2%}"
+    """An epoch's accuracy."""
+    found = accuracy_of(record, first="val")
+    return f", {found}" if found else ""
 
 
 def kept(record: dict[str, Any]) -> str:
@@ -269,11 +279,7 @@ def kept(record: dict[str, Any]) -> str:
 
 def final_accuracy(record: dict[str, Any]) -> str:
     """The accuracy of what a job wrote: on the test images, if there are some."""
-    which = "test" if "test_accuracy" in record else "val"
-    if f"{which}_accuracy" not in record:
-        return "no test or validation images: no accuracy"
-    name = "test" if which == "test" else "validation"
-    return f"{name} accuracy {record[f'{which}_accuracy']:.2%}"
+    return accuracy_of(record, first="test") or "no test or validation images: no accuracy"
 
 
 @contextmanager

@@ -27,7 +27,7 @@ from randsurgery.jobs.inputs import (
     DataOptions,
     Shown,
     calibration_images,
-    flattering,
+    fitted,
     look_for_file,
     open_split,
     pick_device,
@@ -97,7 +97,7 @@ class Scored:
     ood: dict[str, Separation] = field(default_factory=dict)
     ood_dataset: str | None = None
     ood_told: str = ""  # what was found there
-    flattering: bool = False  # a temperature was fitted on these images
+    flattering: bool = False  # a temperature was fitted on all of these images
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -134,7 +134,8 @@ def run_eval(plan: EvalPlan, on_batch: Callable[[int], None] | None = None) -> S
         if plan.ood is not None:
             other, told = _other(checkpoint, chosen[0], plan.ood, plan)
         engine = _engine(ensemble, data, asked)
-        kept = unfitted(shown, chosen, plan.data.folder)
+        used = fitted(shown, chosen, plan.data.folder)
+        kept = unfitted(used)
         found = _tally(ensemble, engine, data, plan, kept, on_batch)
         apart: dict[str, Separation] = {}
         if other is not None:
@@ -152,7 +153,7 @@ def run_eval(plan: EvalPlan, on_batch: Callable[[int], None] | None = None) -> S
         apart,
         None if plan.ood is None else plan.ood.dataset or "folder",
         told,
-        flattering(shown, chosen),
+        bool(used.all()),
     )
 
 

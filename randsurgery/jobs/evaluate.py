@@ -10,7 +10,7 @@ from randsurgery.jobs.hub import local_file
 from randsurgery.jobs.inputs import (
     DataOptions,
     Shown,
-    flattering,
+    fitted,
     open_split,
     pick_device,
     unfitted,
@@ -88,11 +88,12 @@ def run_eval(
         shown = open_split(checkpoint, who, options, where, workers, split)
         sampler = Sampler(checkpoint, who.name) if samples else None
         model = build(checkpoint, who.name).to(where)
+    used = fitted(shown, [who], options.folder)
     how: dict[str, Any] = {
         "batch_size": batch_size,
         "amp": amp,
         "temperature": temperature(who),
-        "chosen": unfitted(shown, [who], options.folder),
+        "chosen": unfitted(used),
     }
     data = shown.data
     fixed = evaluate(model, data, **how)
@@ -105,4 +106,4 @@ def run_eval(
     names = who.classes or data.classes
     names = names if len(names) >= classes else tuple(str(label) for label in range(classes))
     left_out = len(data) - fixed.images
-    return Report(shown, fixed, names, tuple(found), left_out, flattering(shown, [who]))
+    return Report(shown, fixed, names, tuple(found), left_out, bool(used.all()))

@@ -240,35 +240,26 @@ HELD_OUT_SPLIT = "validation images of training"
 """The split that a temperature was fitted on, where that is no split of the dataset's own."""
 
 
-def flattering(shown: Shown, members: Iterable[Member]) -> bool:
-    """True if a temperature was fitted on the very images that are shown, on all of them."""
-    splits = {"validation": HELD_OUT_SPLIT, "test": shown.dataset.test_split}
-    fitted = [member.calibration for member in members if member.calibration is not None]
-    return any(
-        (known.dataset, known.split) == (shown.dataset.name, splits.get(shown.split))
-        and (known.share == "1" or shown.split == "validation")
-        for known in fitted
-    )
-
-
 CALIBRATED = "calibrated_on"
 """In provenance: what tells the split that a temperature was fitted on from others."""
 
 
-def unfitted(
-    shown: Shown, members: Iterable[Member], root: str | None
-) -> npt.NDArray[np.bool_] | None:
-    """Which images of a split no member's temperature was fitted on; None if that is all, or none.
-    A folder is known by its images."""
-    if shown.split != "test":
-        return None
-    count, dataset, mark = len(shown.data), shown.dataset, ""
-    keep = np.ones(count, dtype=bool)
+def fitted(shown: Shown, members: Iterable[Member], root: str | None) -> npt.NDArray[np.bool_]:
+    """Which images of a split some member's temperature was fitted on. Shape (N,). A folder is
+    known by its images."""
+    count, name = len(shown.data), shown.dataset.name
+    split = {"test": shown.dataset.test_split, "validation": HELD_OUT_SPLIT}.get(shown.split)
+    found, mark = np.zeros(count, dtype=bool), ""
     for member in members:
         known = member.calibration
-        if known is None or (known.dataset, known.split) != (dataset.name, dataset.test_split):
+        if known is None or (known.dataset, known.split) != (name, split):
             continue
         mark = mark or fingerprint(shown.data, root)
-        if dataset.name != "folder" or member.provenance.get(CALIBRATED) == mark:
-            keep[calibration_images(count, known.share, known.seed)] = False
-    return None if keep.all() or not keep.any() else keep
+        if name != "folder" or member.provenance.get(CALIBRATED) == mark:
+            found[calibration_images(count, known.share, known.seed)] = True
+    return found
+
+
+def unfitted(found: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_] | None:
+    """The other images; None for all of them, if none was fitted on, and if none is left."""
+    return ~found if found.any() and not found.all() else None

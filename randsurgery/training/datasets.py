@@ -17,7 +17,7 @@ from randsurgery.format.specs import DatasetSpec, InputSpec
 from randsurgery.training.augmentation import evaluation_transform
 from randsurgery.training.catalogue import DATASETS, known
 from randsurgery.training.data import Data, Labels, Resident, Streamed
-from randsurgery.training.folders import Folder, Part, read_folder
+from randsurgery.training.folders import Folder, Part
 from randsurgery.training.images import Paths, Pictures, image_mode
 
 Split = Literal["train", "test"]
@@ -56,7 +56,8 @@ def open_data(
     where = torch.device(device)
     check_name(spec)
     if spec.name == "digits":
-        return _resident(_digits(split), _DIGIT_NAMES, look, where)
+        images, labels = _digits(split)
+        return Resident(_shown(images, look).to(where), labels.to(where), _DIGIT_NAMES, look)
     if data_dir is None and not spec.name.startswith("hfds/"):
         raise DataError(f"dataset {spec.name} needs --data-dir FOLDER")
     if data_dir is not None and not download and not Path(data_dir).is_dir():
@@ -65,7 +66,8 @@ def open_data(
     names = class_names(dataset)
     small = known(spec.name).resident
     if small and len(dataset) * look.channels * math.prod(look.size) <= MAX_RESIDENT:
-        return _resident(_to_bytes(dataset, look), names, look, where)
+        images, labels = _to_bytes(dataset, look)
+        return Resident(images.to(where), labels.to(where), names, look)
     paths = [path for path, _ in getattr(dataset, "samples", ())]  # of torchvision's folders
     return Streamed(dataset, names, look, where, workers, paths=paths, known=_known_labels(dataset))
 
@@ -103,8 +105,6 @@ def open_images(
     pictures = Pictures(Paths(paths), image_mode(look))
     return Streamed(pictures, (), look, torch.device(device), workers, paths=paths)
 
-
-__all__ = ["check_name", "folder_data", "open_data", "open_images", "read_folder"]
 
 _DIGIT_NAMES = tuple(str(digit) for digit in range(10))
 
@@ -207,21 +207,15 @@ def _interpolate(images: torch.Tensor, look: InputSpec) -> torch.Tensor:
     return cut.round().clamp(0, 255).to(torch.uint8)
 
 
-def _resident(
-    data: tuple[torch.Tensor, torch.Tensor],
-    classes: tuple[str, ...],
-    look: InputSpec,
-    device: torch.device,
-) -> Resident:
-    images, labels = data
-    if images.shape[1] != look.channels:
-        images = images[:, :1].expand(-1, look.channels, -1, -1)
-    whole = float.fromhex(look.crop) == 1.0
-    if tuple(images.shape[2:]) != tuple(look.size) or not (whole or classes is not _DIGIT_NAMES):
+def _shown(images: torch.Tensor, look: InputSpec) -> torch.Tensor:
+    """Grey bytes (N, 3, H, W) with the channels and at the size that are asked for. Raises
+    DataError for images that would take too much memory."""
+    images = images[:, :1].expand(-1, look.channels, -1, -1)
+    if tuple(images.shape[2:]) != tuple(look.size) or float.fromhex(look.crop) != 1.0:
         if (wanted := len(images) * look.channels * math.prod(look.size)) > MAX_RESIDENT:
             raise DataError(
                 f"{len(images):,} images of {look.size[0]} x {look.size[1]} pixels take "
                 f"{wanted / 1e9:,.1f} GB; choose a smaller --img-size"
             )
         images = torch.cat([_interpolate(part, look) for part in torch.split(images, 256)])
-    return Resident(images.contiguous().to(device), labels.to(device), classes, look)
+    return images.contiguous()
