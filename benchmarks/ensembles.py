@@ -34,12 +34,13 @@ from randsurgery.inspection.members import list_members
 from randsurgery.jobs.ensembles import EvalPlan, run_eval
 from randsurgery.jobs.inputs import DataOptions, describe
 from randsurgery.surgery import popup
-from randsurgery.surgery.ensembles import Ensemble, Resident
+from randsurgery.surgery.ensembles import Ensemble
 from randsurgery.surgery.learning import learn_plan
 from randsurgery.surgery.modules import build, harvest, meta_module
 from randsurgery.surgery.plans import Freeze, make_plan, with_plan
 from randsurgery.surgery.popup import Popup
 from randsurgery.surgery.recipes import make_recipe
+from randsurgery.surgery.resident import Resident
 from randsurgery.training.catalogue import input_for
 
 CLASSES = 10

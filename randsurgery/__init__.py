@@ -33,6 +33,7 @@ if TYPE_CHECKING:
         OutputError,
         Popup,
         RandsurgeryError,
+        RandsurgeryWarning,
         Recipe,
         Supermask,
         UsageError,
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
         load,
         load_ensemble,
         make_recipe,
+        read_checkpoint,
         read_recipe,
         save,
     )
@@ -59,6 +61,7 @@ __all__ = [
     "OutputError",
     "Popup",
     "RandsurgeryError",
+    "RandsurgeryWarning",
     "Recipe",
     "Supermask",
     "UsageError",
@@ -71,6 +74,7 @@ __all__ = [
     "load",
     "load_ensemble",
     "make_recipe",
+    "read_checkpoint",
     "read_recipe",
     "save",
 ]

@@ -61,6 +61,10 @@ class DivergedError(RandsurgeryError):
     exit_code = 7
 
 
+class RandsurgeryWarning(UserWarning):
+    """What a caller of the library ought to know and the command line tells in a note."""
+
+
 def near(name: str, candidates: Iterable[str], limit: int = 3) -> str:
     """``"; near: a, b"`` for the candidates closest to ``name``, or an empty string."""
     found = difflib.get_close_matches(name, list(candidates), n=limit, cutoff=0.6)

@@ -34,7 +34,7 @@ def refusal(folder: Path, content: bytes) -> str:
 SOUND = tensor_header("F32", [2], 0, 8)
 
 MALFORMED: dict[str, tuple[bytes, str]] = {
-    "empty file": (b"", "not a safetensors file"),
+    "empty file": (b"", "is empty (0 bytes)"),
     "seven bytes": (b"\0" * 7, "not a safetensors file"),
     "no header": (raw_file(b""), "not a JSON object"),
     "header beyond the file": (raw_file({}, length=1000), "truncated"),

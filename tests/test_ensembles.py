@@ -30,8 +30,9 @@ from randsurgery.format.recipe import Member, MemberTensor
 from randsurgery.format.specs import Calibration, DatasetSpec, InputSpec
 from randsurgery.format.writing import finish, write_checkpoint
 from randsurgery.surgery import ensembles, plans
-from randsurgery.surgery.ensembles import Ensemble, Resident, joined
+from randsurgery.surgery.ensembles import Ensemble, joined
 from randsurgery.surgery.modules import build
+from randsurgery.surgery.resident import Resident
 
 # --- members of every kind on one backbone --------------------------------------------------------
 
@@ -405,7 +406,7 @@ def test_a_slice_that_does_not_exist_is_refused_as_build_refuses_it(dim: int, co
 
 TEN = ("across", "counts", "few", "head", "many", "mask", "masks", "norms", "nothing", "ticket",
        "whole")  # fmt: skip
-ENGINES = ("switch", "batched")
+ENGINES = ("switch", "held", "batched")
 
 
 def images(count: int = 5, seed: int = 0) -> torch.Tensor:
@@ -527,11 +528,11 @@ def test_certain_members_have_no_entropy() -> None:
 # --- engines --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("seconds", "faster"), [((1.0, 2.0), "batched"), ((2.0, 1.0), "switch")])
+@pytest.mark.parametrize(("seconds", "faster"), [((1.0, 2.0), "batched"), ((2.0, 1.0), "held")])
 def test_auto_takes_the_faster_engine_for_each_shape(
     warm: Path, monkeypatch: pytest.MonkeyPatch, seconds: tuple[float, float], faster: str
 ) -> None:
-    """The batched call is timed first, then the switched one."""
+    """The batched call is timed first, then members one after another."""
     clock = list(seconds)
     done: list[str] = []
 
@@ -551,7 +552,6 @@ def test_auto_takes_the_faster_engine_for_each_shape(
             assert len(done) == runs
         assert set(ensemble.fastest.values()) == {faster}
         assert len(ensemble.fastest) == 2
-        assert (ensemble.stacked is None) == (faster == "switch")
 
 
 def test_auto_times_both_and_gives_one_of_them(warm: Path) -> None:
@@ -565,7 +565,7 @@ def test_auto_times_both_and_gives_one_of_them(warm: Path) -> None:
 
 def test_an_unknown_engine_is_refused(zoo: Path) -> None:
     with pytest.raises(
-        UsageError, match=r"unknown --engine 'fast', expected auto, switch, batched"
+        UsageError, match=r"unknown --engine 'fast', expected auto, switch, held, batched"
     ):
         rs.load_ensemble(zoo, members=TEN, engine="fast")  # type: ignore[arg-type]
 
@@ -583,14 +583,14 @@ def branching() -> nn.Module:
         return Branching()
 
 
-def test_a_network_that_cannot_be_batched_is_switched(tmp_path: Path) -> None:
+def test_a_network_that_cannot_be_batched_is_run_one_by_one(tmp_path: Path) -> None:
     start = rs.make_recipe(branching(), seed=3)
     one, two = (learned(start, rs.Freeze(count=n), f"m{n}", n, model=branching()) for n in (1, 2))
     path = write(tmp_path / "own.safetensors", graft(one, two))
     x, _ = batch()
     with rs.load_ensemble(path, model=branching()) as ensemble:
         found = ensemble(x)
-        assert ensemble.fastest == {tuple(x.shape): "switch"}
+        assert ensemble.fastest == {tuple(x.shape): "held"}
     with (
         rs.load_ensemble(path, model=branching(), engine="batched") as ensemble,
         pytest.raises(IncompatibleError, match=r"cannot run as one batched call.*switch"),
@@ -652,7 +652,7 @@ def test_it_follows_to_another_dtype(warm: Path, engine: Any) -> None:
             said = [copy.deepcopy(loaded(warm, n)).double()(x.double()).float() for n in TEN]
         scaled = [one / torch.tensor(SCALES.get(n, 1.0)) for n, one in zip(TEN, said, strict=True)]
         twin = torch.stack([one.softmax(-1) for one in scaled]).mean(0)
-        if engine == "switch":
+        if engine != "batched":
             assert torch.equal(found, twin)
         torch.testing.assert_close(found, twin, atol=1e-6, rtol=0)
         torch.testing.assert_close(found, single, atol=1e-5, rtol=0)

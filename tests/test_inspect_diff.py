@@ -664,7 +664,7 @@ def test_shards_and_pickles_are_their_tensors(tmp_path: Path) -> None:
     assert (row["name"], row["elements"], row["filters_differ"], row["max_abs"]) == ("b", 1, 1, 3)
     assert "has no members" in refused(2, whole, index, "--member-b", "x")
     (tmp_path / "part-1.safetensors").unlink()
-    assert "no such file" in refused(3, whole, index)
+    assert "is missing" in refused(3, whole, index)
 
 
 def test_an_architecture_is_no_file(tmp_path: Path) -> None:

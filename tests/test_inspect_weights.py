@@ -344,7 +344,7 @@ def test_a_sharded_file_is_its_tensors(tmp_path: Path) -> None:
     assert "'z.weight' is not in a-1.safetensors" in fails(
         3, write({"z.weight": "a-1.safetensors"})
     )
-    assert "no such file" in fails(3, write({"x.weight": "a-3.safetensors"}))
+    assert "is missing" in fails(3, write({"x.weight": "a-3.safetensors"}))
     assert "no weight_map" in fails(3, write(["x"]))
     index.write_text('{"weight_map": {"x": "a", "x": "b"}}')
     assert "duplicate key" in fails(3, index)
@@ -383,7 +383,7 @@ def test_what_holds_no_layer_is_said(tmp_path: Path) -> None:
     (tmp_path / "zero.safetensors").touch()
     (tmp_path / "zero.pth").touch()
     assert "0 bytes" in fails(3, tmp_path / "zero.safetensors")
-    assert "not a checkpoint" in fails(3, tmp_path / "zero.pth")
+    assert "is empty" in fails(3, tmp_path / "zero.pth")
     assert "no such file" in fails(3, tmp_path / "nothing.pth")
     assert "unknown architecture" in fails(2, "resnet5")
 

@@ -239,7 +239,7 @@ BORROWED = {
 # where Python's and NumPy's are: saved before and restored after, around timm's transforms
 LENT = {"training.augmentation.seeded"}
 # what a training step draws, as dropout does, from the generator that ``fit`` borrows
-SAMPLED = [("surgery.supermask.SupermaskScores.masked", "torch.rand_like")]
+SAMPLED = [("surgery.supermask.SupermaskScores.choose", "torch.rand_like")]
 DRAWS = re.compile(
     r"torch\.(rand\w*|normal|bernoulli|multinomial|manual_seed|seed|initial_seed"
     r"|(get|set)_rng_state)|torch\.cuda\.(manual_seed\w*|seed\w*|(get|set)_rng_state\w*)"

@@ -148,41 +148,42 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return found
 
 
-class Twice(nn.Module):
-    """Reads its weight twice a forward, as norm-free networks do."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.Linear(6, 6, bias=False)
+class Twice(nn.Linear):
+    """Reads its weight twice a forward, as norm-free networks and attention do."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x @ self.layer.weight + self.layer(x)
+        return x @ self.weight + nn.functional.linear(x, self.weight)
 
 
-def test_a_weight_read_twice_is_masked_once_a_forward(calls: list[str]) -> None:
-    model = attach(Twice(), Popup(k="0.5"))
+def test_a_weight_read_twice_by_its_layer_is_masked_once_a_forward(calls: list[str]) -> None:
+    layer = Twice(6, 6, bias=False)
+    attach(layer, Popup(k="0.5"))
     calls.clear()
     images = torch.randn(2, 6, generator=torch.Generator().manual_seed(0))
-    model(images).sum().backward()
-    assert calls == ["layer.weight"]
-    expected = model.layer.weight.detach().clone()
-    scores = attached(model)["layer.weight"].scores
+    layer(images).sum().backward()
+    assert calls == ["weight"]
+    scores = attached(layer)["weight"].scores
     gradient = scores.grad.clone()
-    weight = model.layer.parametrizations.weight.original
+    weight = layer.parametrizations.weight.original
     twin = scores.detach().clone().requires_grad_()
     masked = weight * Abs.apply(twin.abs(), 18)
     (images @ masked + images @ masked.T).sum().backward()
-    assert torch.equal(expected, masked.detach())
+    assert torch.equal(layer.weight.detach(), masked.detach())
     torch.testing.assert_close(gradient, twin.grad)
 
 
 def test_each_forward_computes_each_mask_once(calls: list[str]) -> None:
-    model = attach(everything(), Popup(k="0.5"))
+    model = attach(everything(), Popup(k="0.5")).train()
     images = torch.zeros(2, 3, 8, 8)
     for _ in range(3):
         calls.clear()
         model(images)
         assert sorted(calls) == sorted(MASKED)
+    model.eval()
+    calls.clear()
+    for _ in range(3):
+        model(images)
+    assert sorted(calls) == sorted(MASKED)  # in evaluation once in all
 
 
 def test_the_mask_follows_an_optimiser_step_and_data_edits() -> None:
@@ -206,7 +207,7 @@ def test_the_mask_follows_an_optimiser_step_and_data_edits() -> None:
     assert is_current()
     layer.scores.data = layer.scores.data.flip(0)
     assert is_current()
-    layer.scores.data.neg_().add_(1)  # torch counts no version here; the next forward sees it
+    layer.scores.data.neg_().add_(1)  # torch counts no version here
     assert is_current()
     with torch.no_grad():
         layer.scores.zero_()
@@ -385,7 +386,7 @@ def test_the_random_baseline_may_learn_norms() -> None:
 
 def test_a_deep_copy_learns_on_its_own() -> None:
     model = attach(everything(), Popup(k="0.5"))
-    model(torch.zeros(2, 3, 8, 8))  # with a mask in the cache
+    model.eval()(torch.zeros(2, 3, 8, 8))  # with a mask that is kept
     twin = copy.deepcopy(model)
     before = {name: layer.scores.detach().clone() for name, layer in attached(model).items()}
     train_steps(twin)

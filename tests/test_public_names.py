@@ -13,9 +13,9 @@ from randsurgery import api
 
 PUBLIC = [
     "Checkpoint", "DataError", "DivergedError", "Ensemble", "FileFormatError", "Freeze",
-    "IncompatibleError", "OutputError", "Popup", "RandsurgeryError", "Recipe", "Supermask",
-    "UsageError", "__version__", "attach", "build", "fix_head", "freeze", "harvest", "load",
-    "load_ensemble", "make_recipe", "read_recipe", "save",
+    "IncompatibleError", "OutputError", "Popup", "RandsurgeryError", "RandsurgeryWarning", "Recipe",
+    "Supermask", "UsageError", "__version__", "attach", "build", "fix_head", "freeze", "harvest",
+    "load", "load_ensemble", "make_recipe", "read_checkpoint", "read_recipe", "save",
 ]  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Annotated
@@ -98,6 +99,18 @@ def spread(arguments: Sequence[str]) -> Iterator[str]:
         yield argument
 
 
+def with_value(message: str, arguments: Sequence[str]) -> str:
+    """The parser's complaint about an option, with the value that it found."""
+    about = re.match(r"Invalid value for (.*?): ", message)
+    names = re.findall(r"--?[A-Za-z][\w-]*", about[1]) if about else []
+    for at, argument in enumerate(arguments):
+        name, equals, value = argument.partition("=")
+        if name in names and (equals or at + 1 < len(arguments)):
+            found = value if equals else arguments[at + 1]
+            return message if found in message else f"{message.rstrip('.')}, found {found[:80]!r}"
+    return message
+
+
 def main() -> None:
     """Run the command line. What the parser refuses is one line, like every other error."""
     try:
@@ -109,6 +122,7 @@ def main() -> None:
         if told is None:
             raise
         if message := told():  # without one, help was shown
+            message = with_value(message, sys.argv[1:])
             path = getattr(getattr(error, "ctx", None), "command_path", "randsurgery")
             common.fail(f"{message.rstrip('.')}; see {path} --help")
         raise SystemExit(2) from None

@@ -292,7 +292,15 @@ CheckpointOption = Annotated[
     typer.Option(
         "--checkpoint",
         metavar="FILE",
-        help="Start from dense weights (.safetensors, .pth).",
+        help="Start from dense weights: .safetensors, .pth, the index of a sharded one, a folder.",
+        rich_help_panel=MODEL,
+    ),
+]
+EmaOption = Annotated[
+    bool,
+    typer.Option(
+        "--ema",
+        help="Of a checkpoint that has both, the moving average of the weights.",
         rich_help_panel=MODEL,
     ),
 ]

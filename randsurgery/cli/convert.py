@@ -16,7 +16,10 @@ SCORES = "Scores of hidden-networks"
 def convert(
     file: Annotated[
         str,
-        typer.Argument(metavar="FILE", help="A state dict: .pth, .pt, .state, .safetensors."),
+        typer.Argument(
+            metavar="FILE",
+            help="A state dict: .pth, .pt, .safetensors, the index of a sharded one, a folder.",
+        ),
     ],
     arch: Annotated[
         str | None,
@@ -30,6 +33,7 @@ def convert(
             rich_help_panel=MODEL,
         ),
     ] = None,
+    ema: common.EmaOption = False,
     k: Annotated[
         str | None,
         typer.Option(
@@ -79,10 +83,10 @@ def convert(
 
     args = common.model_arguments(model_kwargs, img_size=img_size, in_chans=in_chans, width=width)
     reading = Reading(k, algorithm, weights, save_scores)  # type: ignore[arg-type]
-    job = prepare_convert(ConvertPlan(file, arch, base, args, reading, output, force))
+    job = prepare_convert(ConvertPlan(file, arch, base, ema, args, reading, output, force))
     with job.checkpoint:
         for line in job.notes:
-            note(line)
+            note(common.clean(line))
         for key, value in job.facts.items():
             common.detail(f"{key}: {value}")
         if dry_run:

@@ -1,4 +1,4 @@
-"""``randsurgery inspect diff``: what differs between two networks. Never imports torch."""
+"""``randsurgery inspect diff``: what differs between two networks. Imports torch for .pth alone."""
 
 from __future__ import annotations
 
@@ -48,6 +48,7 @@ def diff(
 
     files.check_file(a)
     files.check_file(b)
+    a, b = files.located(a), files.located(b)
     report = report_on(
         a,
         b,
@@ -56,6 +57,7 @@ def diff(
         base=base,
         tensors_a=files.read_by_torch(a),
         tensors_b=files.read_by_torch(b),
+        find_base=files.given_base,
     )
     if json:
         print_json(report.to_json())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -99,8 +99,6 @@ def build(
     As in Section 4.3 of Rosenfeld & Tsotsos. Member i, from 0 on, trains with
     the seed --seed + i: an order, augmentation and scores of its own.
     """
-    from dataclasses import replace
-
     from randsurgery.errors import UsageError
     from randsurgery.jobs.build import BuildPlan
 
@@ -142,7 +140,7 @@ def _train(plan: Any, run: RunOptions) -> None:
     note(f"written and verified: {built.path}")
 
 
-_PACKING = ("base", "width", "model_kwargs", "output", "force", "dry_run", "json", "config",
+_PACKING = ("base", "ema", "width", "model_kwargs", "output", "force", "dry_run", "json", "config",
             "quiet", "verbose")  # fmt: skip
 
 
@@ -174,13 +172,16 @@ def _incoming(
     from randsurgery.jobs.members import Incoming
 
     args = common.model_arguments(run.model_kwargs, width=run.width) if run else {}
-    return Incoming(tuple(files), tuple(names or ()), base, arch, args)
+    ema = run.ema if run else False
+    return Incoming(tuple(files), tuple(names or ()), base, arch, ema, args)
 
 
 def _change(change: Change, dry_run: bool, json: bool, word: str = "packed") -> None:
     """Write what was prepared, and show what the file has then."""
     from randsurgery.jobs.members import run_change
 
+    for line in change.notes:
+        note(common.clean(line))
     with change.checkpoint:
         if dry_run:
             if json:
@@ -219,6 +220,7 @@ def add(
     ],
     name: options.Names = None,
     base: common.BaseOption = None,
+    ema: common.EmaOption = False,
     output: options.Into = None,
     force: common.Force = False,
     dry_run: common.DryRun = False,
@@ -233,7 +235,8 @@ def add(
     """
     from randsurgery.jobs.members import prepare_add
 
-    change = prepare_add(file, _incoming(files, name, base), output, force=force)
+    incoming = replace(_incoming(files, name, base), ema=ema)
+    change = prepare_add(file, incoming, output, force=force)
     _change(change, dry_run, json, "added")
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from randsurgery.cli.common import clean, note
-from randsurgery.errors import FileFormatError
+from randsurgery.errors import FileFormatError, UsageError
 
 if TYPE_CHECKING:
     from randsurgery.format.checkpoint import Checkpoint
@@ -21,7 +21,7 @@ PICKLED = (".pth", ".pt", ".bin", ".tar", ".ckpt")
 """What programs call what torch.save writes."""
 
 ANY_FILE = (
-    "A safetensors file, the .safetensors.index.json of a sharded one, or a .pth (which imports "
+    "A safetensors file, the index of a sharded one, a folder of weights, or a .pth (which imports "
     "torch)."
 )
 
@@ -37,6 +37,13 @@ def means_file(name: str) -> bool:
     return os.path.exists(name) or os.sep in name or name.lower().endswith(endings)
 
 
+def located(name: str) -> str:
+    """The file itself, or that of a folder's weights. Raises FileFormatError."""
+    from randsurgery.format.shards import located as inside
+
+    return str(inside(name)) if os.path.isdir(name) else name
+
+
 def check_file(name: str) -> None:
     """Raises FileFormatError for what may be an architecture, where only a file will do."""
     if not means_file(name):
@@ -46,10 +53,16 @@ def check_file(name: str) -> None:
 
 
 def is_pickled(file: str) -> bool:
-    """True for what torch.save wrote, as far as its name and its first bytes tell."""
-    from randsurgery.inspection.headers import is_index, looks_like_safetensors
+    """True for what torch.save wrote, as far as its name and its first bytes tell, and for the
+    index of a sharded file that it wrote. Raises FileFormatError for an index that is none."""
+    from pathlib import Path
 
-    if is_index(file) or looks_like_safetensors(file):
+    from randsurgery.format.shards import is_index, pickled_parts, weight_map
+    from randsurgery.inspection.headers import looks_like_safetensors
+
+    if is_index(file):
+        return pickled_parts(weight_map(Path(file)))
+    if looks_like_safetensors(file):
         return False
     if file.lower().endswith(PICKLED):
         return True
@@ -60,14 +73,19 @@ def is_pickled(file: str) -> bool:
         return False
 
 
-def read_by_torch(file: str) -> Any:
-    """The tensors of a .pth, in memory; None for what has a header to read."""
+def read_by_torch(file: str, *, ema: bool = False) -> Any:
+    """The tensors of a .pth, in memory; None for what has a header to read. ``ema``: the average
+    of its weights. Raises FileFormatError, or UsageError for an average that is not there."""
     if not is_pickled(file):
+        if ema:
+            raise UsageError(f"--ema: {file} holds no averaged weights; leave the option out")
         return None
     note(f"{clean(file)}: no safetensors file, so all of it is read, with torch")
     from randsurgery.surgery.bases import map_state
 
-    state = map_state(file)
+    state = map_state(file, ema=ema)
+    for line in state.notes:
+        note(clean(line))
     for name, reason in state.skipped.items():
         note(clean(f"{name}: left out ({reason})"))
     return {name: read() for name, read in state.tensors.items()}
@@ -75,18 +93,18 @@ def read_by_torch(file: str) -> Any:
 
 def given_base(file: str, base: str | None, refs: Iterable[BaseRef]) -> Any:
     """The base to give to a file that builds on ``refs``: a path, or the tensors of a .pth, which
-    takes torch to be read. Without ``base``, a .pth that lies beside the file; else None, and
-    whoever opens the file looks for a safetensors base itself."""
+    takes torch to be read. Without ``base``, one that is no safetensors file and lies beside the
+    file; else None, and whoever opens the file looks for a safetensors base itself."""
     from randsurgery.format.checkpoint import is_safetensors
+    from randsurgery.format.shards import beside
 
-    names = sorted(ref.file for ref in refs if ref.file is not None)
-    beside = (Path(file).parent / name for name in names if not is_safetensors(name))
-    found = base or next((str(path) for path in beside if path.is_file()), None)
-    if found is None or is_safetensors(found):
+    refs = list(refs)
+    found = base or beside(file, [ref.file for ref in refs if ref.file is not None])
+    if found is None or (is_safetensors(found) and not Path(found).is_dir()):
         return found
     from randsurgery.surgery.bases import given_base as read
 
-    return read(found)
+    return read(found, {ref.identity for ref in refs})
 
 
 def architecture(

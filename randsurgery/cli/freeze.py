@@ -85,6 +85,7 @@ def freeze(
     ] = None,
     pretrained: common.Pretrained = False,
     checkpoint: common.CheckpointOption = None,
+    ema: common.EmaOption = False,
     base: common.BaseOption = None,
     num_classes: common.NumClasses = None,
     img_size: common.ImgSize = None,
@@ -105,6 +106,7 @@ def freeze(
     """
     from randsurgery.cli import render
     from randsurgery.errors import UsageError
+    from randsurgery.inspection.storage import storage
     from randsurgery.jobs.freeze import FreezePlan, prepare_freeze, run_freeze
     from randsurgery.jobs.sources import SourceSpec
     from randsurgery.surgery.heads import FIXED_KINDS
@@ -141,6 +143,7 @@ def freeze(
         seed=seed,
         pretrained=pretrained,
         checkpoint=checkpoint,
+        ema=ema,
         base=base,
         args=args,
     )
@@ -151,10 +154,12 @@ def freeze(
         beside = {} if written is None else {"path": str(job.output), "bytes": written}
         print_json({**beside, **job.to_json()})
         return
-    render.show_layers(job.layers)
+    if common.verbosity.level >= 1:
+        render.show_layers(job.layers)
     for line in job.notes:
-        note(line)
+        note(common.clean(line))
     if written is None:
         note(f"would write {job.output}")
     else:
+        render.say_bases(storage(job.output))
         note(f"written and verified: {job.output} ({common.size(written)})")

@@ -30,6 +30,7 @@ def init(
     ] = None,
     pretrained: common.Pretrained = False,
     checkpoint: common.CheckpointOption = None,
+    ema: common.EmaOption = False,
     num_classes: common.NumClasses = None,
     img_size: common.ImgSize = None,
     in_chans: common.InChans = None,
@@ -60,10 +61,14 @@ def init(
         scaled_for=parse_fraction(scaled_for, "--scaled-for") if scaled_for else None,
         pretrained=pretrained,
         checkpoint=checkpoint,
+        ema=ema,
         args=args,
     )
     spec, path = job.resolve_init(spec, output, mask_from=mask_from, force=force)
-    with job.open_init(spec, mask_from) as made:
+    notes: list[str] = []
+    with job.open_init(spec, mask_from, notes) as made:
+        for line in notes:
+            note(common.clean(line))
         if dry_run:
             count = len(made.recipe.tensors)
             if json:

@@ -24,6 +24,7 @@ app = typer.Typer(help="See what is in a file.", no_args_is_help=True)
 def storage(
     file: files.File,
     tensors: Annotated[bool, typer.Option("--tensors", help="One row a tensor.")] = False,
+    ema: common.EmaOption = False,
     plot: Annotated[
         str | None,
         typer.Option(metavar="FILE", help="Bar charts: .png, .svg, .pdf.", rich_help_panel=OUTPUT),
@@ -42,7 +43,8 @@ def storage(
     if plot is not None:
         check_picture(plot, force=force)
     files.check_file(file)
-    tensors_of = files.read_by_torch(file)
+    file = files.located(file)
+    tensors_of = files.read_by_torch(file, ema=ema)
     if "torch" not in sys.modules:  # which watches over the end of its own
         gc.freeze()  # what was imported stays: looking through it again took a tenth of the time
     report = report_on(file, tensors_of)
@@ -65,6 +67,7 @@ def model(
             metavar="NAME", help="Which network, if the file has several; else what they share."
         ),
     ] = None,
+    ema: common.EmaOption = False,
     depth: common.Depth = None,
     num_classes: common.NumClasses = None,
     img_size: common.ImgSize = None,
@@ -87,7 +90,8 @@ def model(
     if files.means_file(file):
         if args:
             raise UsageError("model arguments go with an architecture, not a file")
-        report = inspect_model(file, member, files.read_by_torch(file))
+        file = files.located(file)
+        report = inspect_model(file, member, files.read_by_torch(file, ema=ema))
     else:
         made, _ = files.architecture(file, None, None, args)
         report = inspect_model(file, member, recipe=made.recipe)

@@ -30,6 +30,7 @@ class RunOptions:
     init_seed: training.InitSeed = None
     pretrained: common.Pretrained = False
     checkpoint: common.CheckpointOption = None
+    ema: common.EmaOption = False
     base: common.BaseOption = None
     width: common.Width = None
     model_kwargs: common.ModelArgs = None
@@ -144,6 +145,7 @@ def source_of(source: str, run: RunOptions, scaled_for: Any = None) -> SourceSpe
         scaled_for=scaled_for,
         pretrained=run.pretrained,
         checkpoint=run.checkpoint,
+        ema=run.ema,
         base=run.base,
         args=common.model_arguments(run.model_kwargs, width=run.width),
     )
@@ -202,7 +204,8 @@ Members = Annotated[
 EngineOption = Annotated[
     str,
     typer.Option(
-        help="switch: one network becomes each member in turn; batched: all in one call; auto.",
+        help="switch: one network becomes each member in turn; held: all side by side, one after "
+        "another; batched: in one call; auto.",
         rich_help_panel=TRAINING,
     ),
 ]

@@ -74,8 +74,26 @@ def show_storage(report: StorageReport, *, tensors: bool) -> None:
     show(made)
     console.print(
         f"{clean(report.file)}: {size(report.bytes)}, dense {size(report.dense_bytes)}, "
-        f"{compared(report.ratio)}"
+        f"{compared(report.ratio)}{_beside(report)}"
     )
+    say_bases(report)
+
+
+def _beside(report: StorageReport) -> str:
+    """What the ratio counts of the bases."""
+    if not report.bases:
+        return ""
+    known = report.base_bytes
+    return " beside its base" if known is None else f" with its base of {size(known)}"
+
+
+def say_bases(report: StorageReport) -> None:
+    """Which dense files a file is nothing without, and where they must lie."""
+    for base in report.bases:
+        where = "lies beside it; keep the two together" if base.bytes is not None else (
+            "must lie beside it, or be given as --base"
+        )  # fmt: skip
+        note(f"{clean(report.file)} builds on {clean(base.name)}, which {where}")
 
 
 def compared(ratio: float) -> str:

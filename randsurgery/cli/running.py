@@ -47,12 +47,15 @@ def _work(job: Prepared, run: RunOptions, work: Callable[[Hooks], Result]) -> No
     report = storage(result.path)
     last = result.records[-1]
     if run.json:
+        settings = result.settings
         print_json(
             {
                 "path": str(result.path),
                 "bytes": report.bytes,
                 "dense_bytes": report.dense_bytes,
                 "verified": True,
+                "source": job.plan.source.origin or job.plan.source.name,
+                "settings": settings,
                 "metrics": last,
             }
         )

@@ -15,7 +15,13 @@ import typer
 
 from randsurgery.cli import common
 from randsurgery.cli.common import MODEL, OUTPUT, command, note, print_json
-from randsurgery.cli.files import architecture, given_base, is_pickled, means_file
+from randsurgery.cli.files import (
+    architecture,
+    given_base,
+    is_pickled,
+    located,
+    means_file,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -30,8 +36,8 @@ Files = Annotated[
     list[str],
     typer.Argument(
         metavar="FILE...",
-        help="Safetensors files, the .safetensors.index.json of a sharded one, .pth files, or timm "
-        "architectures (their initial distribution).",
+        help="Safetensors files, the index of a sharded one, folders of weights, .pth files, or "
+        "timm architectures (their initial distribution).",
     ),
 ]
 Filter = Annotated[
@@ -118,6 +124,7 @@ def weights(
     histogram: HistogramOf = None,
     member: Members = None,
     base: common.BaseOption = None,
+    ema: common.EmaOption = False,
     init: common.InitOption = None,
     seed: Seed = None,
     num_classes: common.NumClasses = None,
@@ -150,7 +157,7 @@ def weights(
     )
     drawn = {"init": init, "seed": seed, "args": args}
     with contextlib.ExitStack() as stack:
-        opened = _open(files, stack, base, drawn, values=not expected)
+        opened = _open(files, stack, base, drawn, values=not expected, ema=ema)
         networks = weight_files.with_members(opened, member or [])
         patterns = filter or []
         if histogram is not None and not filter:
@@ -254,21 +261,27 @@ def _open(
     drawn: dict[str, Any],
     *,
     values: bool,
+    ema: bool,
 ) -> list[list[Network]]:
     """The networks of each file or architecture. Raises RandsurgeryError."""
     from randsurgery.errors import UsageError
-    from randsurgery.inspection.headers import bases_of, is_index
+    from randsurgery.format.shards import is_index
+    from randsurgery.inspection.headers import bases_of
     from randsurgery.inspection.weight_files import networks_of, open_networks
 
     opened: list[list[Network]] = []
+    titles = _titles(files)
+    files = [located(file) for file in files]
     names = [file for file in files if not means_file(file)]
     if (any(v is not None for v in (drawn["init"], drawn["seed"])) or drawn["args"]) and not names:
         raise UsageError("--init, --seed and model arguments go with an architecture, not a file")
     plain = [file for file in files if file not in names and not is_pickled(file)]
+    if ema and len(plain) + len(names) == len(files):
+        raise UsageError("--ema goes with files of torch.save, which may hold averaged weights")
     bases = {file: (not is_index(file) and bases_of(file)) or {} for file in plain}
     if base is not None and not any(bases.values()):
         raise UsageError(f"no file builds on a base; leave {base} out")
-    for file, title in zip(files, _titles(files), strict=True):
+    for file, title in zip(files, titles, strict=True):
         if file in names:
             made, order = architecture(file, **drawn)
             opened.append(networks_of(made, title, order))
@@ -277,7 +290,7 @@ def _open(
             tensors = given_base(file, base, refs) if refs else None
             opened.append(open_networks(file, stack, title, base=tensors, values=values))
         else:
-            opened.append(_pickled(file, title))
+            opened.append(_pickled(file, title, ema=ema))
     return opened
 
 
@@ -291,11 +304,13 @@ def _titles(files: list[str]) -> list[str]:
     ]
 
 
-def _pickled(file: str, title: str) -> list[Network]:
+def _pickled(file: str, title: str, *, ema: bool) -> list[Network]:
     from randsurgery.inspection.weight_files import network_in_memory
     from randsurgery.surgery.bases import map_state
 
-    state = map_state(file)
+    state = map_state(file, ema=ema)
+    for line in state.notes:
+        note(common.clean(line))
     return [network_in_memory(title, state.tensors, state.about, state.skipped)]
 
 

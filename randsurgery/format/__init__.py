@@ -12,9 +12,11 @@ Modules import only those above them in this list:
     fields       what fields of the schema may hold
     specs        the schema: what describes, and makes no tensor
     recipe       the schema: sources, overlays, entries, members
+    recognise    what a file is by its content, and what is no checkpoint
     container    safetensors headers and payloads, read strictly and written atomically
     rebuild      recipe + payloads -> finished tensors
     checkpoint   a recipe with its payloads and bases: opened, read, rebuilt
+    shards       weights in several files, folders of weights
     writing      a checkpoint to a file, and a file held against its digests
     members      members moved between files: picked, renamed, grafted
 """

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +29,7 @@ from randsurgery.format.rebuild import (
 from randsurgery.format.recipe import (
     FORMAT,
     VERSION,
+    BaseSource,
     Entry,
     MaskOverlay,
     Member,
@@ -134,6 +135,24 @@ class Checkpoint:
         """Close the file, if there is one, and the bases that were opened for it."""
         for file in self.files:
             file.__exit__()
+
+    def in_memory(self) -> Checkpoint:
+        """The same without any file: its payloads, and the tensors of bases that it speaks of."""
+        payloads = Memory({n: self.payloads.read(n) for n in payload_names(self.recipe)})
+        used: list[object] = [entry.source for _, _, entry in self.recipe.entries()]
+        for member in self.recipe.members:
+            used += [p.start for p in (member.plan.tensors if member.plan else {}).values()]
+        bases: dict[str, Memory] = {key: Memory() for key in self.bases}
+        for source in used:
+            if isinstance(source, BaseSource) and source.base in self.bases:
+                tensor = self._base_tensor(source.base, source.tensor)
+                bases[source.base][source.tensor] = tensor
+        return Checkpoint(self.recipe, payloads, bases)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # copies and pickles take the values along: an open file can be neither
+        alone = self.in_memory()
+        return Checkpoint, (alone.recipe, alone.payloads, alone.bases)
 
     def __enter__(self) -> Checkpoint:
         return self

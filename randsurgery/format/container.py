@@ -26,6 +26,7 @@ import numpy.typing as npt
 from randsurgery.errors import FileFormatError, OutputError, UsageError
 from randsurgery.format.canonical import strict_json
 from randsurgery.format.fields import MAX_PAYLOAD_NAME, check_tensor_name
+from randsurgery.format.recognise import foreign
 from randsurgery.format.tensors import (
     DTYPES,
     FOREIGN_BITS,
@@ -73,6 +74,11 @@ class Container:
             self.metadata, self.infos = _parse_header(
                 header, self.size - self._data, self.path.name
             )
+        except FileFormatError:
+            self._file.close()
+            if told := foreign(self.path):
+                raise FileFormatError(f"{self.path.name}: {told}") from None
+            raise
         except BaseException:
             self._file.close()
             raise

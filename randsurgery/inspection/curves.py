@@ -33,9 +33,10 @@ def plot_curves(records: list[dict[str, Any]], path: str | os.PathLike[str]) -> 
     figure = Figure(figsize=(4.2 * len(panels), 3.2), layout="constrained")
     for axes, (title, lines) in zip(figure.subplots(1, len(panels)), panels, strict=True):
         for key, label in lines:
+            style = "--" if label == "training" else "-"  # not by colour alone
             values = [record.get(key) for record in records]
             shown = [float("nan") if value is None else value for value in values]
-            axes.plot(epochs, shown, marker="o", markersize=3, label=label)
+            axes.plot(epochs, shown, style, marker="o", markersize=3, label=label)
         tested = lines[-1][0].replace("val_", "test_")
         if kept is not None and tested.startswith("test_") and kept.get(tested) is not None:
             axes.plot(

@@ -22,7 +22,7 @@ from randsurgery.format.masks import popcount
 from randsurgery.format.tensors import RawTensor, as_words
 from randsurgery.inspection.floats import nonfinite, numbers
 from randsurgery.inspection.grouping import natural, place
-from randsurgery.inspection.networks import Kind, Network, Ours, give_base, open_network
+from randsurgery.inspection.networks import FindBase, Kind, Network, Ours, give_base, open_network
 from randsurgery.inspection.overlap import share
 
 State = Literal["values", "kind", "only_a", "only_b"]
@@ -124,10 +124,12 @@ def diff(
     base: str | os.PathLike[str] | None = None,
     tensors_a: Mapping[str, RawTensor] | None = None,
     tensors_b: Mapping[str, RawTensor] | None = None,
+    find_base: FindBase | None = None,
 ) -> DiffReport:
     """Compare two networks: members of files of ours, or other safetensors files, sharded or not.
     ``base``: what either builds on, where that does not lie beside it. ``tensors_a``,
-    ``tensors_b``: what a file of another format holds, read by whoever can.
+    ``tensors_b``: what a file of another format holds, read by whoever can; ``find_base``: who
+    reads a base of another format, if one is needed.
 
     Raises FileFormatError, UsageError (a member that must be named, or is not there), or
     IncompatibleError (a base that is missing where the headers do not suffice).
@@ -135,7 +137,8 @@ def diff(
     with contextlib.ExitStack() as stack:
         one = open_network(a, member_a, "--member-a", stack, tensors_a)
         two = open_network(b, member_b, "--member-b", stack, tensors_b)
-        give_base([network.opened for network in (one, two) if isinstance(network, Ours)], base)
+        give_base([network.opened for network in (one, two) if isinstance(network, Ours)], base,
+                  find_base)  # fmt: skip
         names = sorted({*one.names, *two.names}, key=place)
         held, known = (set(one.names), set(two.names)), len(names)
         found, rebuilt = [], 0

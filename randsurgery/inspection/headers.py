@@ -9,19 +9,20 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from randsurgery.errors import FileFormatError
-from randsurgery.format.canonical import canonical_json, strict_json
+from randsurgery.format.canonical import canonical_json
 from randsurgery.format.checkpoint import (
     METADATA_KEY,
     is_checkpoint,
     parse_recipe,
     payload_names,
 )
-from randsurgery.format.container import MAX_HEADER, Container, TensorInfo
+from randsurgery.format.container import Container, TensorInfo
 from randsurgery.format.rebuild import sentence
 from randsurgery.format.recipe import BaseRef, Member, Recipe
+from randsurgery.format.shards import bytes_behind, is_index, open_shards
 from randsurgery.format.tensors import RawTensor, byte_count
 
 Kind = Literal["randsurgery", "safetensors", "sharded safetensors", "torch.save", "architecture"]
@@ -98,7 +99,7 @@ def header_of(path: str | os.PathLike[str], tensors: Mapping[str, RawTensor]) ->
     for name, tensor in tensors.items():
         infos[name] = TensorInfo(tensor.dtype, tensor.shape, at, at + tensor.nbytes)
         at += tensor.nbytes
-    size = os.path.getsize(path)
+    size = bytes_behind(path)
     return Header(Path(path).name, "torch.save", size, max(0, size - at), infos, {})
 
 
@@ -131,29 +132,6 @@ def looks_like_safetensors(path: str | os.PathLike[str]) -> bool:
     return start[8:] == b"{" and start[:4] != b"PK\x03\x04"
 
 
-def is_index(path: str | os.PathLike[str]) -> bool:
-    """True if the name says that it is the index of a sharded file."""
-    return Path(path).suffix == ".json"
-
-
-def open_shards(path: Path, stack: contextlib.ExitStack) -> dict[str, Container]:
-    """The part that each tensor of a sharded file lies in, opened; ``stack`` closes them. Every
-    part lies beside the index, under a bare name. Raises FileFormatError."""
-    places = _weight_map(path)
-    found: dict[str, Container] = {}
-    for part in sorted(set(places.values())):
-        file = stack.enter_context(Container(path.parent / part))
-        if is_checkpoint(file):
-            raise FileFormatError(f"{path.name}: {part!r} is a file of randsurgery, no part")
-        if twice := sorted(set(found) & set(file.infos)):
-            raise FileFormatError(f"{path.name}: {twice[0]!r} lies in two parts")
-        found.update(dict.fromkeys(file.infos, file))
-        here = {name for name, place in places.items() if place == part}
-        if missing := sorted(here - set(file.infos)):
-            raise FileFormatError(f"{path.name}: {missing[0]!r} is not in {part}")
-    return found
-
-
 def _sharded(path: Path) -> Header:
     """All parts that an index names."""
     with contextlib.ExitStack() as stack:
@@ -170,30 +148,6 @@ def _sharded(path: Path) -> Header:
             None,
             len(parts),
         )
-
-
-def _weight_map(path: Path) -> dict[str, str]:
-    """File name by tensor, as an index has it. Raises FileFormatError."""
-    try:
-        if path.stat().st_size > MAX_HEADER:
-            raise FileFormatError(f"{path.name}: no index of a sharded file (over 100 MB)")
-        found: Any = strict_json(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise FileFormatError(f"{path}: no such file") from None
-    except OSError as error:
-        raise FileFormatError(f"{path}: cannot be opened ({error.strerror})") from None
-    except ValueError as error:
-        raise FileFormatError(f"{path.name}: the index is not valid JSON ({error})") from None
-    places = found.get("weight_map") if isinstance(found, dict) else None
-    if not isinstance(places, dict) or not all(isinstance(v, str) for v in places.values()):
-        raise FileFormatError(f"{path.name}: the index has no weight_map of names to files")
-    for part in places.values():
-        bare = part == Path(part).name and not set(part) & set("/\\:\0")
-        if not bare or not part.endswith(".safetensors"):
-            raise FileFormatError(
-                f"{path.name}: {part!r} is not a bare name ending in .safetensors"
-            )
-    return places
 
 
 def member_bytes(recipe: Recipe, member: Member, infos: Mapping[str, TensorInfo]) -> MemberBytes:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from randsurgery.format.rebuild import (
     sentence,
 )
 from randsurgery.format.recipe import (
+    BaseRef,
     BaseSource,
     ConstantSource,
     Entry,
@@ -41,11 +42,16 @@ from randsurgery.format.recipe import (
     SliceOverlay,
     StoredSource,
 )
+from randsurgery.format.shards import is_index, open_shards
 from randsurgery.format.tensors import RawTensor
-from randsurgery.inspection.headers import is_index, naming, open_shards
+from randsurgery.inspection.headers import naming
 
 Kind = tuple[str, tuple[int, ...]]
 """(dtype, shape)"""
+
+
+FindBase = Callable[[str, str | None, Iterable[BaseRef]], Any]
+"""(file, the base that was given, what the file builds on) -> what ``read_checkpoint`` takes."""
 
 
 class OpenFile:
@@ -54,6 +60,7 @@ class OpenFile:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = path
         self.base: str | os.PathLike[str] | None = None
+        self.find: FindBase | None = None
         self.checkpoint = read_checkpoint(path, need_bases=False)
         self._based: Checkpoint | IncompatibleError | None = None
 
@@ -62,7 +69,11 @@ class OpenFile:
         base is read twice to find that out."""
         if self._based is None:
             try:
-                self._based = read_checkpoint(self.path, base=self.base)
+                given: Any = self.base
+                if self.find is not None:
+                    base = None if given is None else str(given)
+                    given = self.find(str(self.path), base, self.checkpoint.recipe.bases.values())
+                self._based = read_checkpoint(self.path, base=given)
             except IncompatibleError as error:
                 self._based = error
         if isinstance(self._based, IncompatibleError):
@@ -264,13 +275,18 @@ class Ours:
 Network = Dense | Ours
 
 
-def give_base(files: Sequence[OpenFile], base: str | os.PathLike[str] | None) -> None:
-    """The base checkpoint to the files that build on one. Raises UsageError if none does."""
+def give_base(
+    files: Sequence[OpenFile],
+    base: str | os.PathLike[str] | None,
+    find: FindBase | None = None,
+) -> None:
+    """The base checkpoint, and who reads it, to the files that build on one. Raises UsageError if
+    none does."""
     based = [file for file in files if file.checkpoint.recipe.bases]
     if base is not None and not based:
         raise UsageError(f"no file builds on a base; leave {base} out")
     for file in based:
-        file.base = base
+        file.base, file.find = base, find
 
 
 def open_network(

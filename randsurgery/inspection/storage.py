@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from randsurgery.format.checkpoint import payload_names, step_payloads
@@ -46,8 +47,17 @@ class TensorStorage:
 
 
 @dataclass(frozen=True)
+class BaseFile:
+    """A dense file that a file builds on. ``bytes``: None if it does not lie beside it."""
+
+    name: str
+    bytes: int | None
+
+
+@dataclass(frozen=True)
 class StorageReport:
     """A file's bytes. ``dense_bytes`` is what its tensors take stored whole, each member's own.
+    ``bases``: the dense files without which it is nothing.
 
     ``shared_bytes``: payloads that all members have in common. ``members`` is empty for files of
     others; ``parts``: how many files a sharded one has.
@@ -63,11 +73,18 @@ class StorageReport:
     tensors: tuple[TensorStorage, ...]
     members: tuple[MemberBytes, ...] = ()
     parts: int = 1
+    bases: tuple[BaseFile, ...] = ()
+
+    @property
+    def base_bytes(self) -> int | None:
+        """Bytes of all bases; None if one does not lie beside the file."""
+        sizes = [base.bytes for base in self.bases]
+        return None if None in sizes else sum(size or 0 for size in sizes)
 
     @property
     def ratio(self) -> float:
-        """Dense bytes over bytes."""
-        return self.dense_bytes / max(1, self.bytes)
+        """Dense bytes over bytes, those of the bases included as far as they are known."""
+        return self.dense_bytes / max(1, self.bytes + (self.base_bytes or 0))
 
     @property
     def shared_header_bytes(self) -> int:
@@ -148,7 +165,17 @@ def storage(
         tensors=tuple(rows),
         members=members,
         parts=header.parts,
+        bases=() if recipe is None else tuple(_base_files(recipe, path)),
     )
+
+
+def _base_files(recipe: Recipe, path: str | os.PathLike[str]) -> Iterator[BaseFile]:
+    """The dense files that a recipe names, with their sizes where they lie beside the file."""
+    for ref in recipe.bases.values():
+        beside = Path(path).with_name(ref.file) if ref.file is not None else None
+        there = beside is not None and beside.is_file()
+        name = ref.file or ref.origin or "a base without a name"
+        yield BaseFile(name, beside.stat().st_size if beside is not None and there else None)
 
 
 def _foreign_rows(infos: Mapping[str, TensorInfo]) -> list[TensorStorage]:

@@ -42,8 +42,9 @@ from randsurgery.format.recipe import (
     Source,
     StoredSource,
 )
+from randsurgery.format.shards import is_index, open_shards
 from randsurgery.format.tensors import DTYPES, RawTensor
-from randsurgery.inspection.headers import is_index, naming, open_shards
+from randsurgery.inspection.headers import naming
 from randsurgery.inspection.moments import Fetch
 
 Labels = npt.NDArray[np.uint8]

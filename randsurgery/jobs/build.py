@@ -377,6 +377,8 @@ def _write_records(job: PreparedBuild, folder: Path) -> dict[str, Record]:
         "warmup_epochs": job.plan.warmup,  # the option's name
         "start_epochs": None,
         "members": job.plan.members,
+        "source": None,
+        "sources": [job.job.plan.source.origin or job.job.plan.source.name],
         "name": list(job.plan.names) or None,
     }
     write_settings(output, options, job.job.dataset)

@@ -17,6 +17,7 @@ from randsurgery.format.checkpoint import (
     payload_names,
 )
 from randsurgery.format.container import Container, check_network, check_not_input
+from randsurgery.format.shards import bytes_behind, files_behind
 from randsurgery.format.tensors import RawTensor
 from randsurgery.format.writing import write_checkpoint
 from randsurgery.jobs.hub import holds_checkpoint
@@ -42,12 +43,14 @@ from randsurgery.surgery.modules import check_fit
 @dataclass(frozen=True)
 class ConvertPlan:
     """A conversion. ``arch``: the architecture of the weights; ``args``: its arguments, the classes
-    left out. ``base``: dense weights to refer to. ``reading``: how scores are read, if there are
+    left out. ``base``: dense weights to refer to. ``ema``: the average of the weights, where the
+    file has both. ``reading``: how scores are read, if there are
     any."""
 
     file: str
     arch: str | None = None
     base: str | None = None
+    ema: bool = False
     args: dict[str, ArgValue] = field(default_factory=dict)
     reading: Reading = field(default_factory=Reading)
     output: str | None = None
@@ -79,7 +82,7 @@ def prepare_convert(plan: ConvertPlan) -> PreparedConvert:
     plan.reading.check()
     stem = Path(plan.file).stem
     output = check_network(plan.output or f"{stem}-converted.safetensors", force=plan.force)
-    check_not_input(output, (plan.file, plan.base))
+    check_not_input(output, (*files_behind(plan.file), *files_behind(plan.base)))
     return converted(plan, output)
 
 
@@ -87,7 +90,7 @@ def converted(plan: ConvertPlan, output: Path) -> PreparedConvert:
     """The conversion itself, in memory; ``output`` is where it is meant to go."""
     path = Path(plan.file)
     with contextlib.ExitStack() as stack:
-        source = _opened(path, stack)
+        source = _opened(path, stack, ema=plan.ema)
         found = fit(source, check_arch(plan.arch, source.about), plan.args)
         if found.scores:
             made, expected, facts, notes = _with_scores(plan, found, source)
@@ -101,7 +104,7 @@ def converted(plan: ConvertPlan, output: Path) -> PreparedConvert:
         if isinstance(source.tensors, Container):
             source.tensors.__exit__()  # its tensors have been copied
         stack.pop_all()
-    return PreparedConvert(plan, described, output, facts, tuple(notes))
+    return PreparedConvert(plan, described, output, facts, (*found.notes, *notes))
 
 
 def run_convert(job: PreparedConvert) -> int:
@@ -109,10 +112,10 @@ def run_convert(job: PreparedConvert) -> int:
     return write_checkpoint(job.output, job.checkpoint, force=job.plan.force)
 
 
-def _opened(path: Path, stack: contextlib.ExitStack) -> Base:
-    if is_safetensors(path) and holds_checkpoint(str(path)):
+def _opened(path: Path, stack: contextlib.ExitStack, *, ema: bool) -> Base:
+    if is_safetensors(path) and path.is_file() and holds_checkpoint(str(path)):
         raise FileFormatError(f"{path.name}: a randsurgery file already, nothing to convert")
-    source = read_base(path)
+    source = read_base(path, ema=ema)
     if isinstance(source.tensors, Container):
         stack.enter_context(source.tensors)
     return source
@@ -208,19 +211,19 @@ def _dense(plan: ConvertPlan, found: Foreign, output: Path) -> Made:
         )
     if plan.base is None:
         return alone(found), found.tensors.items(), {"kind": "dense"}, []
+    notes: list[str] = []
     with contextlib.ExitStack() as stack:
         base = read_base(plan.base)
         if isinstance(base.tensors, Container):
             stack.enter_context(base.tensors)
-        made = on_base(found, base)
+        made = on_base(found, base, notes)
         stack.pop_all()
-    notes = []
     if Path(plan.base).resolve().parent != output.resolve().parent:
         notes.append(
             f"the file refers to {base.file}, which does not lie beside it: put it there, or pass "
             "--base to the commands that read the file"
         )
-    size = Path(plan.base).stat().st_size
+    size = bytes_behind(plan.base)
     return (
         made,
         found.tensors.items(),
@@ -245,7 +248,7 @@ def _facts(path: Path, found: Foreign, made: Checkpoint) -> dict[str, Any]:
         "model_args": dict(found.spec.args),
         "tensors": len(recipe.tensor_names(who)),
         "filled": len(found.filled),
-        "input_bytes": path.stat().st_size,
+        "input_bytes": bytes_behind(path),
         "dense_bytes": finished_bytes(recipe, who),
         "payload_bytes": sum(made.payloads.read(name).nbytes for name in payload_names(recipe)),
     }

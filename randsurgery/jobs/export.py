@@ -185,7 +185,7 @@ def _timm_folder(plan: Export) -> int:
 
     from randsurgery.surgery.modules import build
 
-    model = build(plan.checkpoint, plan.member.name)
+    model = build(plan.checkpoint, plan.member.name, dtype=None)  # as it is in the file
     model.pretrained_cfg = _own_cfg(model.pretrained_cfg, plan.checkpoint.recipe)  # type: ignore[assignment]
     target = plan.target
     try:
@@ -205,7 +205,10 @@ def _timm_folder(plan: Export) -> int:
 
 def _move_whole(folder: Path, target: Path) -> None:
     """The folder in the place of a missing or empty one; its files, one by one, in a full one."""
-    folder.chmod(0o777 & ~_umask())
+    mask = _umask()
+    folder.chmod(0o777 & ~mask)
+    for made in folder.iterdir():
+        made.chmod(0o666 & ~mask)
     if not target.exists() or not any(target.iterdir()):
         folder.replace(target)
         folder.mkdir()  # for whoever cleans up

@@ -11,6 +11,7 @@ from randsurgery.format.checkpoint import Checkpoint
 from randsurgery.format.container import check_network, check_not_input
 from randsurgery.format.writing import write_checkpoint
 from randsurgery.jobs import runs
+from randsurgery.jobs.inputs import without_idle_size
 from randsurgery.jobs.preparing import closing_on_error
 from randsurgery.jobs.records import keep_base, with_provenance
 from randsurgery.jobs.sources import SourceSpec, masked_tensors, open_source, resolve_source
@@ -82,14 +83,16 @@ def prepare_freeze(plan: FreezePlan) -> PreparedFreeze:
     if plan.zero and not plan.wish.slices:
         raise UsageError("--fill zero goes with --fraction or --count")
     source = resolve_source(plan.source, init="kaiming-normal")
+    source = without_idle_size(source)
     seed = source.seed or 0
     if source.is_file and plan.head is not None:
         source = replace(source, seed=None)  # it is that of the classifier's rows alone
     plan = replace(plan, source=source)
     stem = Path(source.name).stem if source.is_file else source.name
     output = Path(plan.output or f"{stem}-plan.safetensors")
+    said: list[str] = []
     with closing_on_error() as stack:
-        made = stack.enter_context(_opened(source))
+        made = stack.enter_context(_opened(source, said))
         revived = masked_tensors(made.recipe, made.member()) if plan.wish.slices else set()
         if plan.head is not None:
             made = with_fixed_head(made, plan.head, seed=seed, scale=plan.head_scale)
@@ -104,14 +107,14 @@ def prepare_freeze(plan: FreezePlan) -> PreparedFreeze:
         made = zero_filled(made, chosen) if plan.zero else with_plan(made, chosen)
         head = describe_head(made)
         revived &= {name for name, part in chosen.tensors.items() if part.part == "slice"}
-    return PreparedFreeze(plan, made, layers, output, head, _notes(head, revived))
+    return PreparedFreeze(plan, made, layers, output, head, (*said, *_notes(head, revived)))
 
 
-def _opened(source: SourceSpec) -> Checkpoint:
+def _opened(source: SourceSpec, notes: list[str]) -> Checkpoint:
     """The network; a file's for as many classes as were asked for."""
     classes = source.args.get("num_classes")
     if not source.is_file or not isinstance(classes, int):
-        return open_source(source)
+        return open_source(source, notes)
     others = {key: value for key, value in source.args.items() if key != "num_classes"}
     return with_head(open_source(replace(source, args=others)), classes)
 

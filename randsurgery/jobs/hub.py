@@ -7,7 +7,6 @@ then fetched from the repository the user named; no other address ever comes fro
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +14,11 @@ from pathlib import Path
 from randsurgery.errors import FileFormatError, UsageError, reason
 from randsurgery.format.checkpoint import is_checkpoint, parse_recipe
 from randsurgery.format.container import Container
+from randsurgery.format.shards import CONFIG
+from randsurgery.surgery.bases import Config, read_config
 
 PREFIX = "hf-hub:"
-WEIGHTS, CONFIG = "model.safetensors", "config.json"
+WEIGHTS = "model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -74,11 +75,9 @@ def holds_checkpoint(path: str) -> bool:
         return is_checkpoint(file)
 
 
-def architecture_of(address: Address) -> str:
-    """The architecture that timm's ``config.json`` names. Raises FileFormatError."""
-    path = fetch(address, CONFIG)
-    try:
-        name = json.loads(path.read_text(encoding="utf-8"))["architecture"]
-    except (ValueError, KeyError, TypeError):
-        raise FileFormatError(f"{address}: {CONFIG} names no architecture") from None
-    return str(name)
+def config_of(address: Address) -> Config:
+    """What timm's ``config.json`` says. Raises FileFormatError if it names no architecture."""
+    config = read_config(fetch(address, CONFIG))
+    if config.architecture is None:
+        raise FileFormatError(f"{address}: {CONFIG} names no architecture of timm")
+    return config

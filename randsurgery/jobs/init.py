@@ -8,6 +8,7 @@ from randsurgery.errors import UsageError
 from randsurgery.format.checkpoint import Checkpoint
 from randsurgery.format.container import check_network, check_not_input
 from randsurgery.format.writing import write_checkpoint
+from randsurgery.jobs.inputs import without_idle_size
 from randsurgery.jobs.records import keep_base, with_provenance
 from randsurgery.jobs.sources import SourceSpec, masks_of, open_source, resolve_source
 from randsurgery.surgery.tickets import with_masks
@@ -18,19 +19,21 @@ def resolve_init(
 ) -> tuple[SourceSpec, Path]:
     """The source, and where ``init`` writes, checked. The network has seen no image, so that it
     records no preprocessing."""
-    name = spec.name.rpartition("/")[2].partition("@")[0]
+    name = Path(spec.name).name.partition("@")[0]
     path = check_network(output or f"{name}-init-{spec.seed}.safetensors", force=force)
     check_not_input(path, (*spec.inputs, mask_from))
-    spec = resolve_source(spec)
+    spec = without_idle_size(resolve_source(spec))
     if spec.is_file:
         raise UsageError("init makes a network of an architecture; the source is a file already")
     return spec, path
 
 
-def open_init(spec: SourceSpec, mask_from: str | None = None) -> Checkpoint:
-    """The network that ``init`` writes, under the masks of another file if one is given. Raises
-    RandsurgeryError."""
-    made = open_source(spec)
+def open_init(
+    spec: SourceSpec, mask_from: str | None = None, notes: list[str] | None = None
+) -> Checkpoint:
+    """The network that ``init`` writes, under the masks of another file if one is given. ``notes``
+    gets what the user is to know. Raises RandsurgeryError."""
+    made = open_source(spec, notes)
     return made if mask_from is None else with_masks(made, masks_of(mask_from))
 
 

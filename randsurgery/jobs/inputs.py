@@ -72,8 +72,13 @@ def pick_device(name: str) -> torch.device:
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
         device = torch.device(name)
+    except RuntimeError:
+        raise UsageError(
+            f"unknown --device {name!r}, expected auto, cpu, cuda, cuda:N or mps"
+        ) from None
+    try:
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UsageError(f"--device {name} is not available here ({reason(error, 160)})") from None
     return device
 
@@ -99,8 +104,9 @@ def look_for(source: SourceSpec, dataset: str, options: DataOptions) -> InputSpe
     """Preprocessing for a network built from an architecture's name."""
     arch = source.name.partition(".")[0]
     cfg = timm.get_pretrained_cfg(check_name(arch), allow_unregistered=True)
+    own = {**(cfg.to_dict() if cfg else {}), **source.look}
     return input_for(
-        dataset, cfg.to_dict() if cfg else {}, options.img_size, options.in_chans,
+        dataset, own, options.img_size, options.in_chans,
         options.crop_pct, options.interpolation,
     )  # fmt: skip
 
@@ -228,6 +234,20 @@ def model_arguments(source: SourceSpec, look: InputSpec, classes: int) -> dict[s
     if takes_img_size(model, size) or takes_img_size(model, native_size(arch) + 32):
         return {**args, "img_size": size}
     return args
+
+
+def without_idle_size(source: SourceSpec) -> SourceSpec:
+    """The source without an image size that its architecture does not ask for, because it takes
+    images of any size."""
+    size = source.args.get("img_size")
+    if source.is_file or not isinstance(size, int):
+        return source
+    others = {key: value for key, value in source.args.items() if key != "img_size"}
+    arch = check_name(source.name.partition(".")[0])
+    model, native = spec_of(arch, others), native_size(arch)
+    if takes_img_size(model, size) or takes_img_size(model, native + 32):
+        return source
+    return replace(source, args=others)
 
 
 def calibration_images(count: int, share: str, seed: int) -> npt.NDArray[np.intp]:

@@ -17,6 +17,7 @@ from randsurgery.format.checkpoint import Checkpoint, is_safetensors, read_check
 from randsurgery.format.container import check_network, check_not_input
 from randsurgery.format.fields import SHARED
 from randsurgery.format.members import check_names, first_fault, pick, renamed
+from randsurgery.format.shards import files_behind
 from randsurgery.format.specs import ModelSpec
 from randsurgery.format.writing import finish, write_checkpoint
 from randsurgery.jobs.convert import ConvertPlan, converted
@@ -32,24 +33,27 @@ UNNAMED = "main"
 @dataclass(frozen=True)
 class Incoming:
     """Files whose members are to join. base: dense weights that files build on, or that dense files
-    were fine-tuned from; those need ``arch`` and its ``args``. names: of the members in order,
-    instead of their own or their files'."""
+    were fine-tuned from; those need ``arch`` and its ``args``, and with ``ema`` it is the average
+    of their weights that joins. names: of the members in order, instead of their own or their
+    files'."""
 
     files: tuple[str, ...]
     names: tuple[str, ...] = ()
     base: str | None = None
     arch: str | None = None
+    ema: bool = False
     args: dict[str, ArgValue] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Change:
-    """A checked change, not yet written. ``moved``: the members that came, went or were taken out.
-    Its checkpoint is to be closed by the caller."""
+    """A checked change, not yet written. ``moved``: the members that came, went or were taken out;
+    ``notes``: what the user is to know. Its checkpoint is to be closed by the caller."""
 
     checkpoint: Checkpoint
     output: Path
     moved: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def members(self) -> tuple[str, ...]:
@@ -72,15 +76,17 @@ def prepare_pack(incoming: Incoming, output: str | None, *, force: bool) -> Chan
     if not incoming.files:
         raise UsageError("no files; name those whose members are to be packed")
     target = check_network(output or "ensemble.safetensors", force=force)
-    check_not_input(target, (*incoming.files, incoming.base))
+    check_not_input(target, _read_by(incoming))
+    notes: list[str] = []
     with contextlib.ExitStack() as stack:
-        parts = _opened(incoming, target, stack)
+        parts = _opened(incoming, target, stack, notes)
         found = parts[0]
         for part in parts[1:]:
             found = joined(found, part)
         _check_whole(found)
         stack.pop_all()
-    return Change(found, target, tuple(member.name for member in found.recipe.members))
+    moved = tuple(member.name for member in found.recipe.members)
+    return Change(found, target, moved, tuple(notes))
 
 
 def prepare_add(
@@ -91,19 +97,20 @@ def prepare_add(
     if any(Path(one).resolve() == Path(file).resolve() for one in incoming.files):
         raise UsageError(f"{file} has its members already; name other files to add")
     target = in_place(file, output, force=force)
-    check_not_input(target, (*incoming.files, incoming.base))
+    check_not_input(target, _read_by(incoming))
+    notes: list[str] = []
     with contextlib.ExitStack() as stack:
         found = stack.enter_context(_open_file(local_file(file), incoming.base))
         model = found.recipe.model
         if model is not None and incoming.arch is None:
             incoming = _for_model(incoming, model)
         before = {member.name for member in found.recipe.members}
-        for part in _opened(incoming, target, stack):
+        for part in _opened(incoming, target, stack, notes):
             found = joined(found, part)
         _check_whole(found)
         stack.pop_all()
     new = tuple(m.name for m in found.recipe.members if m.name not in before)
-    return Change(found, target, new)
+    return Change(found, target, new, tuple(notes))
 
 
 def prepare_remove(
@@ -173,9 +180,15 @@ def _open_file(path: str, base: str | None) -> Checkpoint:
     return open_checkpoint(path, base if builds else None)
 
 
-def _opened(incoming: Incoming, target: Path, stack: contextlib.ExitStack) -> list[Checkpoint]:
+def _read_by(incoming: Incoming) -> list[Path]:
+    return [file for path in (*incoming.files, incoming.base) for file in files_behind(path)]
+
+
+def _opened(
+    incoming: Incoming, target: Path, stack: contextlib.ExitStack, notes: list[str]
+) -> list[Checkpoint]:
     """The files to join, their members under the names they are to have."""
-    parts = [_part(one, incoming, target, stack) for one in incoming.files]
+    parts = [_part(one, incoming, target, stack, notes) for one in incoming.files]
     names = [
         _stem(file) if len(part.recipe.members) == 1 and member.name == UNNAMED else member.name
         for file, part in zip(incoming.files, parts, strict=True)
@@ -194,19 +207,23 @@ def _opened(incoming: Incoming, target: Path, stack: contextlib.ExitStack) -> li
     return found
 
 
-def _part(file: str, incoming: Incoming, target: Path, stack: contextlib.ExitStack) -> Checkpoint:
+def _part(
+    file: str, incoming: Incoming, target: Path, stack: contextlib.ExitStack, notes: list[str]
+) -> Checkpoint:
     """One file to join: of ours, or dense weights as differences from the base."""
     path = local_file(file)
-    if is_safetensors(path) and holds_checkpoint(path):
+    if is_safetensors(path) and not Path(path).is_dir() and holds_checkpoint(path):
         return stack.enter_context(_open_file(path, incoming.base))
-    if not Path(path).is_file():
+    if not Path(path).exists():
         raise FileFormatError(f"{file}: no such file")
     if incoming.base is None:
         raise IncompatibleError(
             f"{file} is a dense checkpoint; pass --base FILE, the weights it was fine-tuned from"
         )
-    plan = ConvertPlan(path, incoming.arch, incoming.base, dict(incoming.args))
-    return finish(stack.enter_context(converted(plan, target).checkpoint))
+    plan = ConvertPlan(path, incoming.arch, incoming.base, incoming.ema, dict(incoming.args))
+    job = converted(plan, target)
+    notes += [line for line in job.notes if line not in notes]
+    return finish(stack.enter_context(job.checkpoint))
 
 
 def _for_model(incoming: Incoming, model: ModelSpec) -> Incoming:

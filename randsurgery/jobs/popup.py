@@ -99,6 +99,9 @@ def prepare_popup(plan: PopupPlan) -> PreparedPopup:
             check_not_input(job.output, [wish.mask_from])
             notes = (*job.notes, *_scaling_notes(job.checkpoint, wish))
             job = replace(job, checkpoint=_masked(job, wish, plan.run.source), notes=notes)
+        if not isinstance(wish, FixedMasks):
+            left = scores.unmasked(meta_module(job.checkpoint), wish)
+            job = replace(job, notes=(*job.notes, left)) if left else job
         sizes = _sizes(job.checkpoint, wish)
     return PreparedPopup(job, plan, sizes)
 

@@ -162,7 +162,7 @@ def prepare(
             check_classes(images.classes, asked)
     else:
         args = model_arguments(source, look, classes)
-        checkpoint = stack.enter_context(open_source(replace(source, args=args)))
+        checkpoint = stack.enter_context(open_source(replace(source, args=args), notes))
     if plan.head is not None:
         seed = plan.seed if source.seed is None else source.seed
         checkpoint = with_fixed_head(checkpoint, plan.head, seed=seed, scale=plan.head_scale)
@@ -192,6 +192,11 @@ def _classes(given: int | None, dataset: DatasetSpec, train: Data) -> int:
 
 def _outputs(plan: RunPlan, name: Path) -> Path:
     """The output's path; it and all that is written beside it are checked."""
+    if plan.resume is not None and name.exists() and not (resumes_own(plan, name) or plan.force):
+        raise OutputError(
+            f"{name}: is finished, and its state is gone; to go on from its weights, pass it as "
+            "the source of train; --force begins anew"
+        )
     output = check_network(name, force=plan.force)
     check_not_input(output, plan.source.inputs)
     if state_path(output).exists() and not resumes_own(plan, output) and not plan.force:

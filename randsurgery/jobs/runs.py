@@ -49,6 +49,7 @@ class Result:
     bytes: int
     records: list[Record]
     metrics_path: Path
+    settings: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -139,16 +140,19 @@ def carry_out(job: Prepared, technique: Technique, hooks: Hooks | None = None) -
             f"interrupted; no result was written; --resume {state_file} goes on from the last state"
         ) from None
     state_file.unlink(missing_ok=True)
-    return Result(job.output, size, records, metrics_path(job.output))
+    settings = {**technique.settings, **told(job.settings)}
+    return Result(job.output, size, records, metrics_path(job.output), settings)
 
 
 def options(plan: RunPlan) -> dict[str, Any]:
     """The options of a run that are not settings of training, for the settings file."""
     data, source = plan.data, plan.source
     return {
+        "source": source.origin or source.name,
         "model-kwargs": [f"{key}={value}" for key, value in source.args.items()] or None,
         "pretrained": source.pretrained or None,
         "checkpoint": source.checkpoint if source.origin is None else None,
+        "ema": source.ema or None,
         "data-dir": data.data_dir,
         "num-classes": data.num_classes,
         "img-size": data.img_size,

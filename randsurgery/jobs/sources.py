@@ -6,8 +6,12 @@ import contextlib
 import os
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
+from pathlib import Path
+from typing import Any
 
-from randsurgery.errors import IncompatibleError, UsageError
+import timm
+
+from randsurgery.errors import FileFormatError, IncompatibleError, UsageError
 from randsurgery.format.checkpoint import (
     Checkpoint,
     Memory,
@@ -28,15 +32,22 @@ from randsurgery.format.recipe import (
     SignsSource,
     StoredSource,
 )
+from randsurgery.format.shards import CONFIG, files_behind, weights_in
 from randsurgery.jobs.hub import (
     PREFIX,
-    architecture_of,
+    config_of,
     holds_checkpoint,
     local_file,
     parse_address,
 )
 from randsurgery.surgery.architectures import ArgValue, check_name
-from randsurgery.surgery.bases import fetched_base, open_checkpoint, pretrained_base, read_base
+from randsurgery.surgery.bases import (
+    fetched_base,
+    open_checkpoint,
+    pretrained_base,
+    read_base,
+    read_config,
+)
 from randsurgery.surgery.initialisers import Init
 from randsurgery.surgery.learning import survivor_mask
 from randsurgery.surgery.recipes import make_recipe, make_recipe_on_base
@@ -47,9 +58,11 @@ class SourceSpec:
     """Where a network comes from.
 
     ``name``: a timm architecture (with ``pretrained`` or ``checkpoint`` for dense weights), a file
-    of this format, or a Hub address that ``resolve_source`` turns into one of these. ``args``:
-    model arguments. ``init``, ``seed``: None is the default of what is done, and all that a file
-    takes. ``scaled_for``: k for scaled distributions. ``origin``, ``revision``: where
+    of this format, or a folder or a Hub address that ``resolve_source`` turns into one of these.
+    ``args``: model arguments. ``init``, ``seed``: None is the default of what is done, and all that
+    a file takes. ``scaled_for``: k for scaled distributions. ``ema``: the average of
+    ``checkpoint``'s weights. ``look``: the preprocessing of dense weights as timm's
+    ``pretrained_cfg`` has it, {} for the architecture's. ``origin``, ``revision``: where
     ``checkpoint`` was fetched from, if it was.
     """
 
@@ -59,27 +72,42 @@ class SourceSpec:
     scaled_for: Fraction | None = None
     pretrained: bool = False
     checkpoint: str | None = None
+    ema: bool = False
     base: str | None = None
+    look: dict[str, Any] = field(default_factory=dict)
     origin: str | None = None
     revision: str | None = None
     args: dict[str, ArgValue] = field(default_factory=dict)
 
     @property
-    def inputs(self) -> tuple[str | None, ...]:
+    def inputs(self) -> tuple[Path, ...]:
         """The files that are read, as far as they are given."""
-        return (self.name if self.is_file else None, self.checkpoint, self.base)
+        own = self.name if self.is_file or self.is_folder else None
+        return tuple(
+            file for path in (own, self.checkpoint, self.base) for file in files_behind(path)
+        )
 
     @property
     def is_file(self) -> bool:
         """True if ``name`` means a file."""
         return self.name.endswith(".safetensors") or os.sep in self.name
 
+    @property
+    def is_folder(self) -> bool:
+        """True if ``name`` is a folder and no architecture; ./NAME is a folder in any case."""
+        return os.path.isdir(self.name) and (
+            os.sep in self.name or not timm.is_model(self.name.partition(".")[0])
+        )
+
 
 def resolve_source(spec: SourceSpec, seed: int = 0, init: Init = "signed-constant") -> SourceSpec:
-    """The same source with a Hub address fetched: a file, or an architecture and dense weights.
-    An architecture gets the defaults of what was not given: ``init`` and ``seed``."""
+    """The same source with a Hub address fetched or a folder looked into: a file, or an
+    architecture and dense weights. An architecture gets the defaults of what was not given:
+    ``init`` and ``seed``. Raises FileFormatError or UsageError."""
     if spec.name.startswith(PREFIX):
         spec = _fetched(spec)
+    elif spec.is_folder:
+        spec = _in_folder(spec)
     if spec.is_file:
         return spec
     return replace(spec, init=spec.init or init, seed=seed if spec.seed is None else spec.seed)
@@ -89,22 +117,48 @@ def _fetched(spec: SourceSpec) -> SourceSpec:
     address, path = parse_address(spec.name), local_file(spec.name)
     if holds_checkpoint(path):
         return replace(spec, name=path)
+    config = config_of(address)
     return replace(
         spec,
-        name=architecture_of(address),
+        name=str(config.architecture),
         checkpoint=path,
+        args={**config.args, **spec.args},
+        look=config.look,
         origin=str(address),
         revision=address.revision,
     )
 
 
-def open_source(spec: SourceSpec) -> Checkpoint:
+def _in_folder(spec: SourceSpec) -> SourceSpec:
+    """A folder of weights as timm's ``push_to_hf_hub`` and ``save_for_hf`` write them."""
+    if spec.pretrained or spec.checkpoint:
+        raise UsageError(f"{spec.name} is a folder of weights; leave --pretrained and --checkpoint "
+                         "out")  # fmt: skip
+    file, _ = weights_in(spec.name)
+    if file.suffix == ".safetensors" and holds_checkpoint(str(file)):
+        return replace(spec, name=str(file))
+    config = read_config(spec.name)
+    if config.architecture is None:
+        raise FileFormatError(
+            f"{spec.name}: no {CONFIG} that names an architecture of timm; pass that as the source "
+            f"and the folder as --checkpoint"
+        )
+    args = {**config.args, **spec.args}
+    return replace(
+        spec, name=config.architecture, checkpoint=spec.name, args=args, look=config.look
+    )
+
+
+def open_source(spec: SourceSpec, notes: list[str] | None = None) -> Checkpoint:
     """The network of a resolved source, in memory, all in shared entries. Raises RandsurgeryError.
 
-    Only a base may still lie in a file, which the checkpoint's ``close`` closes.
+    Only a base may still lie in a file, which the checkpoint's ``close`` closes. ``notes`` gets
+    what the user is to know of how dense weights were read.
     """
     if spec.pretrained and spec.checkpoint:
         raise UsageError("--pretrained and --checkpoint exclude each other")
+    if spec.ema and not spec.checkpoint:
+        raise UsageError("--ema goes with --checkpoint: the average of its weights")
     if spec.is_file:
         with contextlib.ExitStack() as stack:
             flat = in_memory(stack.enter_context(open_file(spec)))
@@ -113,7 +167,7 @@ def open_source(spec: SourceSpec) -> Checkpoint:
     if spec.base is not None:
         raise UsageError("--base goes with a file that builds on one; for weights: --checkpoint")
     if spec.pretrained or spec.checkpoint:
-        return _open_dense(spec)
+        return _open_dense(spec, notes)
     assert spec.init is not None
     assert spec.seed is not None
     made = make_recipe(
@@ -154,19 +208,23 @@ def masked_tensors(recipe: Recipe, member: Member) -> set[str]:
     }
 
 
-def _open_dense(spec: SourceSpec) -> Checkpoint:
+def _open_dense(spec: SourceSpec, notes: list[str] | None) -> Checkpoint:
     assert spec.init is not None
     assert spec.seed is not None
     arch = check_name(spec.name.partition(".")[0])
-    base = read_base(spec.checkpoint) if spec.checkpoint else pretrained_base(spec.name)
+    if spec.checkpoint:
+        base = read_base(spec.checkpoint, ema=spec.ema)
+    else:
+        base = pretrained_base(spec.name)
     if spec.origin is not None:
         base = fetched_base(base, spec.origin, spec.revision)
     with contextlib.ExitStack() as stack:
         if isinstance(base.tensors, Container):
             stack.enter_context(base.tensors)
         made = make_recipe_on_base(
-            arch, base, spec.init, seed=spec.seed, scaled_for=spec.scaled_for, args=spec.args
-        )
+            arch, base, spec.init, seed=spec.seed, scaled_for=spec.scaled_for, args=spec.args,
+            notes=notes,
+        )  # fmt: skip
         stack.pop_all()
     return made
 

@@ -3,6 +3,8 @@
 Modules import only those above them in this list:
 
 tensors        torch tensors <-> raw tensors of the format
+arguments      what callers of the library pass
+dtypes         modules in other dtypes than their file's: what is stored
 randomness     torch's own generators, borrowed and given back
 sentences      values -> sources and overlays, with their payloads
 networks       the CIFAR networks of partial training, and LeNet-300-100, as modules
@@ -10,11 +12,14 @@ zoo            the papers' architectures, entered in timm's registry
 architectures  registry names and arguments -> modules, checked before anything is allocated
 roles          what each tensor of a module is; patterns that select modules
 initialisers   the papers' weight distributions -> random sources
-bases          dense checkpoints to build on (.safetensors, .pth)
-recipes        module -> recipe
+pickles        what torch.save wrote, read without running a line of it
+checkpoints    what training programs write: where the weights lie, what stands before their names
+bases          dense checkpoints to build on, opened
 heads          fixed classifiers
+recipes        module -> recipe, on a base too
 plans          what is to be learned: fractions, layers, norms, the classifier
 threshold      the exact top-k selection of edge-popup
+masking        the parametrization that masks a weight by its scores
 scores         scores on weights: attach them, harvest masks
 popup          edge-popup (Ramanujan et al.)
 supermask      supermasks (Zhou et al.)
@@ -26,5 +31,6 @@ tickets        masks on other weights, masks chosen anew from scores
 foreign        state dicts of other programs under an architecture's names and shapes
 hidden_networks  checkpoints of Ramanujan et al.'s code: their scores -> masks
 differences    a dense checkpoint against a base
-ensembles      members over one resident backbone
+resident       one network that becomes each of a file's members in turn
+ensembles      members over one backbone, in turn or held side by side
 """

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import numpy as np
 import numpy.typing as npt
 
-from randsurgery.errors import IncompatibleError, near
+from randsurgery.errors import IncompatibleError
 from randsurgery.format.canonical import canonical_json, digest
 from randsurgery.format.checkpoint import Checkpoint, Memory
 from randsurgery.format.container import Container
@@ -19,18 +19,18 @@ from randsurgery.format.fields import SHARED
 from randsurgery.format.masks import Mask
 from randsurgery.format.rebuild import payload_name
 from randsurgery.format.recipe import (
-    BaseRef,
-    BaseSource,
+    ConstantSource,
     Entry,
     Member,
     MemberTensor,
     Recipe,
     ReplaceOverlay,
 )
-from randsurgery.format.tensors import RawTensor, as_words
+from randsurgery.format.tensors import RawTensor, as_words, hex_float
 from randsurgery.surgery.bases import Base
-from randsurgery.surgery.foreign import Foreign, plain_names
-from randsurgery.surgery.recipes import head_of
+from randsurgery.surgery.checkpoints import Matched, Own, match
+from randsurgery.surgery.foreign import Foreign
+from randsurgery.surgery.recipes import BASE, base_entry, head_of, pruning_mask, reference
 from randsurgery.surgery.sentences import (
     compact_entry,
     mask_overlay,
@@ -38,63 +38,84 @@ from randsurgery.surgery.sentences import (
     slice_overlay,
 )
 
-BASE = "base"
 _LINE = 70
 """Bytes that a payload takes in a file's header beside its name."""
 
 
 def alone(found: Foreign) -> Checkpoint:
-    """The network without a base: constants, signs of one magnitude, else stored tensors."""
+    """The network without a base: constants, signs of one magnitude, of pruned tensors the values
+    that the mask keeps, else stored tensors."""
     payloads = Memory()
     entries = {
-        name: compact_entry(raw, SHARED, name, payloads)
+        name: _kept(raw, found.masks[name], name, payloads)
+        if name in found.masks
+        else compact_entry(raw, SHARED, name, payloads)
         for name, raw in sorted(found.tensors.items())
     }
     member = Member(head=head_of(found.shell))
     return Checkpoint(Recipe(model=found.spec, tensors=entries, members=(member,)), payloads)
 
 
-def on_base(found: Foreign, base: Base) -> Checkpoint:
-    """The network as differences from a base, which the checkpoint's ``close`` closes.
+def _kept(raw: RawTensor, mask: Mask, name: str, payloads: Memory) -> Entry:
+    """Zeros with the values that a mask keeps scattered in."""
+    zero = ConstantSource(value=hex_float(0.0))
+    scattered = scatter_overlay(raw, mask, SHARED, name, 0, payloads)
+    return Entry(dtype=raw.dtype, shape=raw.shape, source=zero, overlays=(scattered,))  # type: ignore[arg-type]
+
+
+def on_base(found: Foreign, base: Base, notes: list[str] | None = None) -> Checkpoint:
+    """The network as differences from a base, which the checkpoint's ``close`` closes. ``notes``
+    gets what the user is to know of the base.
 
     Raises IncompatibleError if the base has a tensor that the architecture lacks, or none that is
     of use.
     """
-    known = {name: own for name, own in plain_names(base.names).items() if name in found.tensors}
-    if strange := sorted(set(plain_names(base.names)) - set(known)):
-        raise IncompatibleError(
-            f"{base.file}: tensor {strange[0]!r} is not one of {found.spec.name}"
-            + near(strange[0], found.tensors)
-        )
+    matched = match(
+        base.names, found.tensors, str(base.file), found.spec.name, base.about, partly=True
+    )
+    if notes is not None:
+        notes += [f"base: {line}" for line in (*base.notes, *matched.notes)]
     entries: dict[str, Entry] = {}
     changed: dict[str, MemberTensor] = {}
     payloads = Memory()
     used = 0
     member = Member(head=head_of(found.shell))
     for name, raw in sorted(found.tensors.items()):
-        before = base.tensors.read(known[name]) if name in known else None
-        if before is not None:
-            source = BaseSource(base=BASE, tensor=known[name])
-            entries[name] = Entry(dtype=before.dtype, shape=before.shape, source=source)  # type: ignore[arg-type]
+        before = None
+        if name in matched.own:
+            entries[name] = base_entry(base, matched.own[name], name, payloads)
+            before = _pruned(base, matched.own[name], entries[name].shape)
         change = difference(before, raw, member.name, name, payloads)
         if change is not None:
             changed[name] = change
-        used += change is None or any(o.kind != "replace" for o in change.overlays)
+        used += before is not None and (
+            change is None or any(o.kind != "replace" for o in change.overlays)
+        )
     if not used:
-        raise IncompatibleError(_useless(found, base, known))
+        raise IncompatibleError(_useless(found, base, matched))
     recipe = Recipe(
         model=found.spec,
         tensors=entries,
         members=(member.model_copy(update={"tensors": changed}),),
-        bases={BASE: BaseRef(identity=base.identity, file=base.file)},
+        bases={BASE: reference(base)},
     )
     opened = (base.tensors,) if isinstance(base.tensors, Container) else ()
     return Checkpoint(recipe, payloads, {BASE: base.tensors}, opened=opened)
 
 
-def _useless(found: Foreign, base: Base, known: dict[str, str]) -> str:
+def _pruned(base: Base, own: Own, shape: tuple[int, ...]) -> RawTensor:
+    """A base's tensor, with zeros where its mask is 0 if it was pruned."""
+    raw = base.tensors.read(own.tensor)
+    if own.mask is None:
+        return raw
+    array = raw.array.copy().reshape(-1)
+    array[~pruning_mask(base.tensors.read(own.mask), own.mask, shape).unpack()] = 0
+    return RawTensor(raw.dtype, array.reshape(shape))
+
+
+def _useless(found: Foreign, base: Base, matched: Matched) -> str:
     dtypes = {raw.dtype for raw in found.tensors.values()}
-    others = {base.tensors.read(own).dtype for own in known.values()}
+    others = {base.tensors.read(own.tensor).dtype for own in matched.own.values()}
     how = f" ({', '.join(sorted(dtypes))} and {', '.join(sorted(others))})" * (dtypes != others)
     return f"{found.file} has nothing in common with {base.file}{how}; leave --base out"
 

@@ -2,39 +2,37 @@
 resident network.
 
 A file's members differ from the shared backbone by their own overlays. One network is held in
-memory and becomes each member in turn: only what the two members say is written, and of a slice
-only the slice. Or the members' own tensors are stacked and all run as one batched call.
+memory and becomes each member in turn (resident.py). Or the members' own tensors are held beside
+it, stacked, and run one after another or as one batched call.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
+from torch.func import functional_call
 
 from randsurgery.errors import IncompatibleError, UsageError, reason
-from randsurgery.format.checkpoint import Checkpoint, in_threads
+from randsurgery.format.checkpoint import Checkpoint
 from randsurgery.format.members import graft, members_named, with_own
-from randsurgery.format.rebuild import payload_name, read_payload
-from randsurgery.format.recipe import Member, MemberTensor, SliceOverlay
-from randsurgery.format.tensors import RawTensor
-from randsurgery.surgery.architectures import build_meta, classifier_names
+from randsurgery.format.recipe import Member
+from randsurgery.surgery.architectures import build_meta
 from randsurgery.surgery.heads import last_layers
-from randsurgery.surgery.modules import build, check_fit, meta_module
-from randsurgery.surgery.sentences import leading
+from randsurgery.surgery.resident import Resident, head_kind
 from randsurgery.surgery.tensors import to_torch
 
-Engine = Literal["auto", "switch", "batched"]
-Region = tuple[int, int]
-"""(dim, count): a tensor differs from the shared one within this slice at most."""
+Engine = Literal["auto", "switch", "held", "batched"]
 
 
 def check_engine(name: str) -> Engine:
-    """``auto``, ``switch`` or ``batched``. Raises UsageError."""
+    """``auto``, ``switch``, ``held`` or ``batched``. Raises UsageError."""
     for engine in get_args(Engine):
         if engine == name:
             checked: Engine = engine
@@ -101,114 +99,6 @@ def _task(classes: int | None, names: tuple[str, ...] | None) -> str:
     return f"{classes} classes ({first}{', ...' if len(names) > 3 else ''})"
 
 
-class Resident:
-    """One network in memory that becomes each of a file's members in turn."""
-
-    def __init__(
-        self, checkpoint: Checkpoint, member: str | None = None, model: nn.Module | None = None
-    ) -> None:
-        """``model``: the user's own module, for files that name no architecture. The checkpoint
-        stays in use, so its file must stay open."""
-        self.checkpoint = checkpoint
-        first = checkpoint.member(member)
-        with torch.inference_mode(False):  # or its tensors could never be written elsewhere
-            self.model = build(checkpoint, first.name, model=model).requires_grad_(False)
-        self.member: str | None = first.name
-        self.head = _head_of(first)
-        self.changed = _regions(first)  # what differs from the shared tensors, and where
-        self.fitting = {first.name}  # members whose tensors are known to be the network's
-
-    def switch(self, name: str) -> nn.Module:
-        """The network, now that member: every tensor has the bits that ``build`` would give it.
-
-        Raises FileFormatError if a payload fails its digest, IncompatibleError if a tensor does not
-        fit; the network is then no member's, and the next switch writes all of it.
-        """
-        after = self.checkpoint.member(name)
-        if self.member == after.name:
-            return self.model
-        self.member = None
-        with torch.inference_mode(False):
-            fresh = self._exchange_head(after)
-        state = self.model.state_dict(keep_vars=True)
-        before = {n: r for n, r in {**self.changed, **fresh}.items() if n in state}
-        self.changed = dict.fromkeys(state)  # until all is written
-        if after.name not in self.fitting:
-            check_fit(self.checkpoint.recipe, after, self.model, "the network")
-            self.fitting.add(after.name)
-
-        def write(one: str) -> None:
-            own, target = after.tensors.get(one), state[one].detach()
-            if own is not None and _within(before, one, _region(own), target):
-                self._write_slices(target, after.name, one, own)
-            else:
-                target.copy_(to_torch(self.checkpoint.rebuild(after, one)))
-
-        for _ in in_threads(write, sorted({*before, *after.tensors})):
-            pass
-        self.member, self.changed = after.name, _regions(after)
-        return self.model
-
-    def _write_slices(self, target: torch.Tensor, owner: str, name: str, own: MemberTensor) -> None:
-        """Only what the member's slices hold: all else is as the shared entry has it already."""
-        for index, overlay in enumerate(own.overlays):
-            assert isinstance(overlay, SliceOverlay)
-            here = leading(overlay.dim, overlay.count)
-            slot, part = payload_name(owner, name, f"{index}.slice"), target[here]
-            dtype = self.checkpoint.recipe.tensors[name].dtype
-            array = read_payload(
-                self.checkpoint.payloads, slot, overlay.digest, dtype=dtype, shape=tuple(part.shape)
-            )
-            part.copy_(to_torch(RawTensor(dtype, array)))
-
-    def _exchange_head(self, after: Member) -> dict[str, Region | None]:
-        """Another member's classifier in the place of this one, if it is another module, still
-        empty; the names of its tensors."""
-        if _head_of(after) == self.head:
-            return {}
-        like = next(self.model.parameters())
-        shell, fresh = meta_module(self.checkpoint, after.name), dict[str, Region | None]()
-        for place in classifier_names(shell):
-            head = shell.get_submodule(place).to_empty(device=like.device).to(like.dtype)
-            self.model.set_submodule(place, head.eval().requires_grad_(False))
-            fresh |= {f"{place}.{leaf}": None for leaf in head.state_dict()}
-        if hasattr(shell, "num_classes"):
-            self.model.num_classes = shell.num_classes
-        self.head = _head_of(after)
-        return fresh
-
-
-def _head_of(member: Member) -> Any:
-    """What makes one classifier another module."""
-    head = member.head
-    return None if head is None else (head.kind, head.classes)
-
-
-def _region(own: MemberTensor) -> Region | None:
-    """Where a member changes a tensor; None if it may be anywhere."""
-    slices = [overlay for overlay in own.overlays if isinstance(overlay, SliceOverlay)]
-    dims = {overlay.dim for overlay in slices}
-    if len(slices) < len(own.overlays) or len(dims) != 1:
-        return None
-    return dims.pop(), max(overlay.count for overlay in slices)
-
-
-def _regions(member: Member) -> dict[str, Region | None]:
-    return {name: _region(own) for name, own in member.tensors.items()}
-
-
-def _within(
-    before: Mapping[str, Region | None], name: str, after: Region | None, target: torch.Tensor
-) -> bool:
-    """True if nothing beyond the slice that comes next, which the tensor has, is to be undone."""
-    if after is None or after[0] >= target.dim() or after[1] > target.shape[after[0]]:
-        return False
-    if name not in before:
-        return True
-    now = before[name]
-    return now is not None and now[0] == after[0] and now[1] <= after[1]
-
-
 @dataclass(frozen=True)
 class Prediction:
     """What an ensemble says of B images with C classes, in float32 on the images' device.
@@ -230,10 +120,14 @@ class Ensemble(nn.Module):
     """Members of one file as one module: images (B, channels, H, W) to mean probabilities (B, C).
 
     For inference: it stays in evaluation mode, and nothing of it takes gradients. ``engine``:
-    "switch" holds one network, which becomes each member in turn; "batched" holds the members' own
-    tensors stacked, M times as much, and runs them in one vectorised call; "auto" times both on the
-    first images of each shape and goes on with the faster. Logits are divided by a member's
-    temperature if it has one.
+    "switch" holds one network, which becomes each member in turn, at every call; "held" holds the
+    members' own tensors, M times as much, and runs them one after another; "batched" holds them and
+    runs them in one vectorised call; "auto" times the last two on the first images of each shape
+    and goes on with the faster, and switches if members cannot be held. Logits are divided by a
+    member's temperature if it has one.
+
+    Copies and pickles bring what they need of the file along. There is no state dict: a state of
+    the one network in memory would be that of one member.
     """
 
     def __init__(
@@ -268,6 +162,25 @@ class Ensemble(nn.Module):
         super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
         return self
 
+    def __getstate__(self) -> dict[str, Any]:
+        if self.closed:
+            raise UsageError("the ensemble was closed, so it cannot be copied; load it again")
+        return {**self.__dict__, "stacked": None, "fastest": {}}
+
+    def state_dict(self, *_: Any, **__: Any) -> Any:
+        """Raises UsageError: the members are in the file."""
+        raise UsageError(
+            "an ensemble has no state dict, which would hold one member of "
+            f"{len(self.members)}; keep its file, pickle it, or take member(NAME).state_dict()"
+        )
+
+    def load_state_dict(self, *_: Any, **__: Any) -> Any:
+        """Raises UsageError: the members are in the file."""
+        raise UsageError("an ensemble takes no state dict; load_ensemble(FILE) loads another")
+
+    def _load_from_state_dict(self, *_: Any, **__: Any) -> None:
+        self.load_state_dict()  # as a part of another module
+
     def member(self, name: str) -> nn.Module:
         """The network, now that member; it is the same module for all, until the next call."""
         return self.resident.switch(name)
@@ -278,7 +191,8 @@ class Ensemble(nn.Module):
         if self.closed:
             raise UsageError("the ensemble was closed; load it again")
         engine = self.engine if self.engine != "auto" else self.faster(images)
-        found = self.batched(images) if engine == "batched" else self._switched(images)
+        run = {"batched": self.batched, "held": self._held}.get(engine, self._switched)
+        found = run(images)
         scale = torch.tensor(self.temperatures, device=found.device).view(-1, 1, 1)
         return found / scale
 
@@ -298,34 +212,47 @@ class Ensemble(nn.Module):
     def _switched(self, images: torch.Tensor) -> torch.Tensor:
         return torch.stack([self.resident.switch(name)(images).float() for name in self.members])
 
+    def _held(self, images: torch.Tensor) -> torch.Tensor:
+        stacked = self._own()
+        each = [{name: own[index] for name, own in stacked.items()}
+                for index in range(len(self.members))]  # fmt: skip
+        return torch.stack([functional_call(self.backbone, own, (images,)).float() for own in each])
+
     def batched(self, images: torch.Tensor) -> torch.Tensor:
         """All members' logits in one call, before any temperature: (M, B, C)."""
+        return self._run_stacked(self._own(), images)
+
+    def _own(self) -> dict[str, torch.Tensor]:
+        """The members' own tensors, stacked, beside a network in which the rest is right."""
         if self.resident.member not in self.members:
             self.resident.switch(self.members[0])  # what none of them changes is then right
         if self.stacked is None:
             self.stacked = self._stack()
-        return self._run_stacked(self.stacked, images)
+        return self.stacked
 
     def _stack(self) -> dict[str, torch.Tensor]:
         """The tensors that some member changes, one for each member: (M, ...)."""
         chosen = [self.checkpoint.member(name) for name in self.members]
-        if len({_head_of(member) for member in chosen}) > 1:
+        if len({head_kind(member) for member in chosen}) > 1:
             raise IncompatibleError(
-                "the members' classifiers are of different kinds, so they cannot run as one "
-                "batched call; choose --engine switch"
+                "the members' classifiers are of different kinds, so they cannot be held side by "
+                "side; choose --engine switch"
             )
         state = self.backbone.state_dict(keep_vars=True)
         names = sorted({name for member in chosen for name in member.tensors} & set(state))
         return {
             name: torch.stack(
-                [to_torch(self.checkpoint.rebuild(member, name)) for member in chosen]
-            ).to(state[name].device, state[name].dtype)
+                [
+                    to_torch(self.checkpoint.rebuild(member, name)).to(state[name])
+                    for member in chosen
+                ]
+            )
             for name in names
         }
 
     def _run_stacked(self, stacked: dict[str, torch.Tensor], images: torch.Tensor) -> torch.Tensor:
         def one(own: dict[str, torch.Tensor]) -> torch.Tensor:
-            found: torch.Tensor = torch.func.functional_call(self.backbone, own, (images,))
+            found: torch.Tensor = functional_call(self.backbone, own, (images,))
             return found
 
         try:
@@ -341,14 +268,11 @@ class Ensemble(nn.Module):
         """The faster engine for images of this shape, timed once."""
         shape = tuple(images.shape)
         if shape not in self.fastest:
-            try:
-                batched = _seconds(lambda: self.batched(images), images.device)
-            except (IncompatibleError, torch.OutOfMemoryError):
-                batched = float("inf")
-            switched = _seconds(lambda: self._switched(images), images.device)
-            self.fastest[shape] = "batched" if batched < switched else "switch"
-            if "batched" not in self.fastest.values():
-                self.stacked = None
+            seconds: dict[Engine, float] = {}
+            for engine, run in (("batched", self.batched), ("held", self._held)):
+                with contextlib.suppress(IncompatibleError, torch.OutOfMemoryError):
+                    seconds[engine] = _seconds(functools.partial(run, images), images.device)  # type: ignore[index]
+            self.fastest[shape] = min(seconds, key=seconds.__getitem__, default="switch")
         return self.fastest[shape]
 
     def close(self) -> None:

@@ -4,27 +4,36 @@ Two namings are known: timm's own, and that of hidden-networks, the published co
 al. (github.com/allenai/hidden-networks): convolutions of the small networks in ``convs``, their
 fully connected layers as 1x1 convolutions in ``linear``, ``shortcut`` where timm has
 ``downsample``, a 1x1 convolution without bias for ``fc``, norms without scale and shift, and a
-tensor ``scores`` beside the weights that are masked. In both, all names may begin with ``module.``
-(DataParallel).
+tensor ``scores`` beside the weights that are masked. In both, names may bear what
+``surgery.checkpoints`` knows.
 """
 
 from __future__ import annotations
 
-import contextlib
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from torch import nn
 
 from randsurgery.errors import IncompatibleError, UsageError, near
+from randsurgery.format.masks import Mask
 from randsurgery.format.specs import ModelSpec
 from randsurgery.format.tensors import STORAGE, RawTensor, from_f32
 from randsurgery.surgery.architectures import ArgValue, build_meta, check_name, spec_of
 from randsurgery.surgery.bases import Base
-from randsurgery.surgery.heads import last_layers
-from randsurgery.surgery.recipes import CONSTANTS
+from randsurgery.surgery.checkpoints import (
+    check_parametrizations,
+    counts_note,
+    missing_counts,
+    plain_names,
+    pruned,
+    pruning_note,
+    says_arch,
+    unpruned,
+)
+from randsurgery.surgery.recipes import CONSTANTS, pruning_mask, with_classes
 from randsurgery.surgery.roles import tensor_roles
 
 SCORES = ".scores"
@@ -38,7 +47,6 @@ ARCHITECTURES = {
 }  # fmt: skip
 """hidden-networks' names of architectures, and ours."""
 
-_PREFIXES = ("module.", "_orig_mod.")  # DataParallel, torch.compile
 _RENAMED = (
     (re.compile(r"^convs\."), "features."),
     (re.compile(r"^linear\.0\."), "fc1."),
@@ -55,6 +63,8 @@ class Foreign:
     ``tensors``: under the architecture's names and in its shapes. ``scores``: by the name of the
     weight they belong to. ``names``: the file's own name of each tensor. ``filled``: tensors that
     the file lacks, with the values that make no difference (scales 1, shifts and biases 0).
+    ``masks``: what is alive of tensors that torch.nn.utils.prune pruned. ``notes``: what the user
+    is to know.
     """
 
     file: str
@@ -64,16 +74,8 @@ class Foreign:
     scores: dict[str, RawTensor]
     names: dict[str, str]
     filled: tuple[str, ...] = ()
-
-
-def plain_names(names: Collection[str]) -> dict[str, str]:
-    """The names without the prefixes that all of them bear -> the names as they are."""
-    cut = 0
-    while found := next(
-        (p for p in _PREFIXES if names and all(n[cut:].startswith(p) for n in names)), None
-    ):
-        cut += len(found)
-    return {name[cut:]: name for name in names}
+    masks: dict[str, Mask] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 def check_arch(arch: str | None, about: Mapping[str, object]) -> str:
@@ -93,9 +95,9 @@ def _told(about: Mapping[str, object], arch: str | None = None) -> str:
     """A proposal, if the checkpoint names another architecture than ``arch``; else nothing."""
     said = about.get("arch")
     ours = ARCHITECTURES.get(said) if isinstance(said, str) else None
-    if ours in (None, arch):
-        return ""
-    return f"; the checkpoint says {said}, so try --arch {ours}"
+    if ours is None:
+        return says_arch(about, arch)
+    return "" if ours == arch else f"; the checkpoint says {said}, so try --arch {ours}"
 
 
 def fit(base: Base, arch: str, args: Mapping[str, ArgValue]) -> Foreign:
@@ -105,47 +107,80 @@ def fit(base: Base, arch: str, args: Mapping[str, ArgValue]) -> Foreign:
     one that is missing, scores of no weight.
     """
     file = str(base.file)
-    names = plain_names(base.names)
-    spec = _with_classes(spec_of(arch, dict(args)), base, names)
+    spec = spec_of(arch, dict(args))
+    known = set(build_meta(spec).state_dict())
+    plain = plain_names(base.names, lambda name: _known(name, known))
+    ours = {_renamed(name, known): own for name, own in plain.own.items()}
+    spec = with_classes(spec, base, ours)
     shell = build_meta(spec)
     wanted = {name: tuple(tensor.shape) for name, tensor in shell.state_dict().items()}
-    tensors: dict[str, RawTensor] = {}
-    scores: dict[str, RawTensor] = {}
-    owns: dict[str, str] = {}
+    names = dict(plain.own)
+    check_parametrizations(names, wanted, file)
+    found = Foreign(file, spec, shell, {}, {}, {})
+    for name in pruned(names, wanted):
+        _take_pruned(found, base, name, names.pop(f"{name}_orig"), names.pop(f"{name}_mask"))
     theirs = False
-    for plain, own in sorted(names.items()):
-        scored = plain.endswith(SCORES) and plain not in wanted
-        weight = plain.removesuffix(SCORES) + ".weight" if scored else plain
-        name = _renamed(weight, wanted)
-        if name not in wanted:
-            raise IncompatibleError(
-                f"{file}: tensor {own!r} is not one of {arch}, nor known from hidden-networks"
-                + (_told(base.about, arch) or near(weight, wanted))
-            )
-        raw = base.tensors.read(own)
-        shaped = _reshaped(raw, wanted[name])
-        if shaped is None:
-            remedy = _told(base.about, arch) or (
-                "; if the network was built otherwise, pass --width, --img-size, --in-chans or "
-                "--model-kwargs"
-            )
-            raise IncompatibleError(
-                f"{file}: {own!r} is {list(raw.shape)}, {arch} needs {list(wanted[name])}{remedy}"
-            )
-        into = scores if scored else tensors
-        if name in into:
-            raise IncompatibleError(f"{file}: {own!r} and another tensor are both {name} of {arch}")
-        into[name] = shaped
-        if not scored:
-            owns[name] = own
-        theirs = theirs or scored or name != weight or raw.shape != shaped.shape
+    for name, own in sorted(names.items()):
+        theirs = _take(found, base, name, own, wanted) or theirs
     weights = {name for name, role in tensor_roles(shell).items() if role.role == "weight"}
-    if orphans := sorted(set(scores) - (set(tensors) & weights)):
+    if orphans := sorted(set(found.scores) - (set(found.tensors) & weights)):
         raise IncompatibleError(
             f"{file}: has scores of {orphans[0]!r}, which is missing or no weight of {arch}"
         )
-    found = Foreign(file, spec, shell, tensors, scores, owns)
-    return _filled(found, arch, theirs)
+    notes = [*base.notes, *plain.notes]
+    if found.masks:
+        notes.append(pruning_note(found.masks))
+    return _filled(replace(found, notes=tuple(notes)), arch, theirs)
+
+
+def _known(name: str, wanted: Collection[str]) -> bool:
+    """True for a name that the architecture has, under its own naming or hidden-networks'."""
+    if name.endswith(SCORES):
+        name = name.removesuffix(SCORES) + ".weight"
+    return _renamed(name, wanted) in wanted or unpruned(name) in wanted
+
+
+def _take_pruned(found: Foreign, base: Base, name: str, own: str, mask: str) -> None:
+    """A tensor that torch.nn.utils.prune pruned, with zeros where its mask is 0."""
+    raw = base.tensors.read(own)
+    found.masks[name] = pruning_mask(base.tensors.read(mask), mask, raw.shape)
+    array = raw.array.copy().reshape(-1)
+    array[~found.masks[name].unpack()] = 0
+    found.tensors[name] = RawTensor(raw.dtype, array.reshape(raw.shape))
+    found.names[name] = own
+
+
+def _take(
+    found: Foreign, base: Base, plain: str, own: str, wanted: Mapping[str, tuple[int, ...]]
+) -> bool:
+    """One tensor, or the scores of one; True if it is as hidden-networks writes it. Raises
+    IncompatibleError."""
+    file, arch = found.file, found.spec.name
+    scored = plain.endswith(SCORES) and plain not in wanted
+    weight = plain.removesuffix(SCORES) + ".weight" if scored else plain
+    name = _renamed(weight, wanted)
+    if name not in wanted:
+        raise IncompatibleError(
+            f"{file}: tensor {own!r} is not one of {arch}, nor known from hidden-networks"
+            + (_told(base.about, arch) or near(weight, wanted))
+        )
+    raw = base.tensors.read(own)
+    shaped = _reshaped(raw, wanted[name])
+    if shaped is None:
+        remedy = _told(base.about, arch) or (
+            "; if the network was built otherwise, pass --width, --img-size, --in-chans or "
+            "--model-kwargs"
+        )
+        raise IncompatibleError(
+            f"{file}: {own!r} is {list(raw.shape)}, {arch} needs {list(wanted[name])}{remedy}"
+        )
+    into = found.scores if scored else found.tensors
+    if name in into:
+        raise IncompatibleError(f"{file}: {own!r} and another tensor are both {name} of {arch}")
+    into[name] = shaped
+    if not scored:
+        found.names[name] = own
+    return scored or name != weight or raw.shape != shaped.shape
 
 
 def _renamed(name: str, wanted: Collection[str]) -> str:
@@ -169,27 +204,13 @@ def _reshaped(raw: RawTensor, shape: tuple[int, ...]) -> RawTensor | None:
     return None
 
 
-def _with_classes(spec: ModelSpec, base: Base, names: Mapping[str, str]) -> ModelSpec:
-    """The architecture for as many classes as the file's classifier tells apart."""
-    if "num_classes" in spec.args:
-        return spec
-    shell = build_meta(spec)
-    known = set(shell.state_dict())
-    ours = {_renamed(name, known): own for name, own in names.items()}
-    with contextlib.suppress(IncompatibleError):  # a classifier without such a layer
-        for place in last_layers(shell):
-            if own := ours.get(f"{place}.weight"):
-                classes = base.tensors.read(own).shape[0]
-                return spec.model_copy(update={"args": {**spec.args, "num_classes": classes}})
-    return spec
-
-
 def _filled(found: Foreign, arch: str, theirs: bool) -> Foreign:
     """With what hidden-networks' layers do not have: scale and shift of norms, biases, and counts
     of batches. Raises IncompatibleError for anything else that is missing, or a dtype that does
     not fit."""
     roles = tensor_roles(found.shell)
     tensors, filled = dict(found.tensors), []
+    counts = () if theirs else missing_counts(found.tensors, roles)
     for name, tensor in found.shell.state_dict().items():
         role, module = roles[name].role, name.rpartition(".")[0]
         if name in tensors:
@@ -203,14 +224,13 @@ def _filled(found: Foreign, arch: str, theirs: bool) -> Foreign:
         absent = absent or (role in ("norm scale", "norm shift") and not affine & set(found.names))
         own = (n for n in found.names if n.rpartition(".")[0] == module)
         beside = next((n for n in own if found.tensors[n].dtype.startswith(("F", "BF"))), None)
-        if not (theirs and absent and beside is not None):
+        if name not in counts and not (theirs and absent and beside is not None):
             raise IncompatibleError(f"{found.file}: lacks {name!r} of {arch}")
-        dtype = "I64" if role == "batch count" else found.tensors[beside].dtype
+        dtype = "I64" if role == "batch count" else found.tensors[str(beside)].dtype
         tensors[name] = _constant(CONSTANTS[role], dtype, tuple(tensor.shape))
         filled.append(name)
-    return Foreign(
-        found.file, found.spec, found.shell, tensors, found.scores, found.names, tuple(filled)
-    )
+    notes = (*found.notes, counts_note(counts)) if counts else found.notes
+    return replace(found, tensors=tensors, filled=tuple(filled), notes=notes)
 
 
 def _constant(value: float, dtype: str, shape: tuple[int, ...]) -> RawTensor:

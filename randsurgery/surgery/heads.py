@@ -10,7 +10,7 @@ are left to learn:
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any, Literal, get_args
 
@@ -26,7 +26,15 @@ from randsurgery.format.checkpoint import Checkpoint, Memory, payload_names
 from randsurgery.format.fields import SHARED
 from randsurgery.format.generator import generate
 from randsurgery.format.rebuild import payload_name, split_payload_name
-from randsurgery.format.recipe import ConstantSource, Entry, HadamardSource, Source, StoredSource
+from randsurgery.format.recipe import (
+    ConstantSource,
+    Entry,
+    HadamardSource,
+    Learned,
+    Plan,
+    Source,
+    StoredSource,
+)
 from randsurgery.format.specs import HeadSpec, ModelSpec
 from randsurgery.format.tensors import RawTensor, f32, hex_float
 from randsurgery.surgery.architectures import build_meta, classifier_names
@@ -73,6 +81,21 @@ class FixedClassifier(nn.Module):
 def fixed_heads(model: nn.Module) -> dict[str, FixedClassifier]:
     """The fixed classifiers of a module by name."""
     return {n: m for n, m in model.named_modules() if isinstance(m, FixedClassifier)}
+
+
+def check_not_fixed(model: nn.Module, names: Iterable[str]) -> None:
+    """Raises IncompatibleError if one of the tensors to be learned is fixed: the rows of a fixed
+    classifier, or a given scale."""
+    fixed: dict[str, str] = {}
+    for place, head in fixed_heads(model).items():
+        free = {leaf for leaf, _ in head.learned_parameters()}
+        prefix = f"{place}." if place else ""
+        fixed |= {prefix + leaf: leaf for leaf, _ in head.named_parameters() if leaf not in free}
+    if wrong := [name for name in names if name in fixed]:
+        what = "rows are" if fixed[wrong[0]] == "weight" else "given scale is"
+        raise IncompatibleError(
+            f"{wrong[0]} cannot be learned: a fixed classifier's {what} never learned; leave it out"
+        )
 
 
 def head_scale(model: nn.Module) -> float | None:
@@ -228,11 +251,24 @@ def with_fixed_head(
         scale="learned" if scale is None else "given",
         seed=seed,
     )
-    fresh = who.model_copy(update={"head": fixed, "tensors": own})
+    plan = who.plan and refitted(who.plan, build_meta(spec), scale_learned=scale is None)
+    fresh = who.model_copy(update={"head": fixed, "tensors": own, "plan": plan})
     update = {"tensors": dict(sorted(tensors.items())), "members": (fresh,), "backbone_id": None}
     changed = recipe.model_copy(update=update)
     # it has been read; who closes this closes that
     return replace(checkpoint, recipe=changed, payloads=payloads, opened=checkpoint.files)
+
+
+def refitted(plan: Plan, model: nn.Module, *, scale_learned: bool = True) -> Plan:
+    """A plan for the network once its classifiers are fixed: what is gone or fixed leaves the plan,
+    bias and scale of a fixed classifier, but not a given scale, enter it."""
+    places = last_layers(model)
+    gone = tuple(f"{place}." for place in places)
+    kept = {name: part for name, part in plan.tensors.items() if not name.startswith(gone)}
+    for place in places:
+        kept |= {f"{place}.bias": Learned()}
+        kept |= {f"{place}.scale": Learned()} if scale_learned else {}
+    return plan.model_copy(update={"tensors": dict(sorted(kept.items()))})
 
 
 def last_layers(model: nn.Module) -> list[str]:

@@ -87,10 +87,21 @@ def parse_fraction(text: str | float | Fraction, what: str) -> Fraction:
             raise ValueError  # an exact power of ten would take all memory
         value = text if isinstance(text, Fraction) else Fraction(str(text).strip())
     except (ValueError, ZeroDivisionError):
-        raise UsageError(f"{what} must be a number in (0, 1], found {str(text)!r:.60}") from None
+        raise UsageError(
+            f"{what} must be a number in (0, 1], found {str(text)!r:.60}{_of_percent(str(text))}"
+        ) from None
     if not 0 < value <= 1:
-        raise UsageError(f"{what} must lie in (0, 1], found {str(text)!r:.60}")
+        raise UsageError(
+            f"{what} must lie in (0, 1], found {str(text)!r:.60}{_of_percent(str(text))}"
+        )
     return value
+
+
+def _of_percent(text: str) -> str:
+    """``; did you mean 0.3?`` for ``30`` and ``30%``."""
+    found = re.fullmatch(r"\s*(\d{1,3}(?:\.\d{1,6})?)\s*%?\s*", text)
+    share = float(found[1]) / 100 if found else 0
+    return f"; did you mean {share:g}?" if 0.01 <= share <= 1 else ""
 
 
 def kept_count(k: Fraction, size: int) -> int:

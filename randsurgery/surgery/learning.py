@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from randsurgery.errors import IncompatibleError
+from randsurgery.errors import IncompatibleError, near
 from randsurgery.format import masks
 from randsurgery.format.checkpoint import Checkpoint
 from randsurgery.format.rebuild import needed_steps, payload_name, read_mask, sentence
@@ -38,6 +38,11 @@ def learn_plan(
     """
     who = checkpoint.member(member)
     plan = who.plan or everything(model)
+    names = set(checkpoint.recipe.tensor_names(who))
+    if strange := sorted(set(plan.tensors) - names):
+        raise IncompatibleError(
+            f"the plan learns {strange[0]!r}, which the recipe lacks" + near(strange[0], names)
+        )
     alive = {n: survivor_mask(checkpoint, who, n)
              for n, p in plan.tensors.items() if p.part == "survivors"}  # fmt: skip
     starts = {n: to_torch(_drawn(checkpoint, who, n, source)) for n, p in plan.tensors.items()

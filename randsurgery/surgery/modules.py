@@ -38,7 +38,14 @@ from randsurgery.format.recipe import (
 from randsurgery.format.tensors import RawTensor, hex_float
 from randsurgery.surgery import scores as scoring
 from randsurgery.surgery import slices
-from randsurgery.surgery.architectures import build_initialised, build_meta, fill_hidden
+from randsurgery.surgery.architectures import (
+    build_initialised,
+    build_meta,
+    fill_hidden,
+    hidden_names,
+)
+from randsurgery.surgery.arguments import as_checkpoint, check_module
+from randsurgery.surgery.dtypes import in_files_dtype, scores_to_store
 from randsurgery.surgery.heads import install
 from randsurgery.surgery.sentences import (
     leading,
@@ -47,7 +54,7 @@ from randsurgery.surgery.sentences import (
     slice_overlay,
     stored_entry,
 )
-from randsurgery.surgery.tensors import dtype_name, from_torch, to_torch
+from randsurgery.surgery.tensors import dtype_name, from_torch, same_values, to_torch
 
 
 def check_fit(
@@ -57,7 +64,11 @@ def check_fit(
     the same dtypes, so that values can be copied without loss. Raises IncompatibleError."""
     state = plain_state(model)
     names = set(recipe.tensor_names(member))
-    if missing := sorted(set(state) - names):
+    if (missing := sorted(set(state) - names)) and (inner := _wrapped(model, missing)):
+        raise IncompatibleError(
+            f"{what} is a {type(model).__name__} around another module; pass its .{inner}"
+        )
+    if missing:
         raise IncompatibleError(f"{what} needs {missing[0]!r}, which the file lacks")
     if strange := sorted(names - set(state)):
         raise IncompatibleError(
@@ -80,24 +91,38 @@ def check_fit(
             )
 
 
+def _wrapped(model: nn.Module, names: list[str]) -> str | None:
+    """Where DataParallel, AveragedModel, torch.compile and the like hold the module itself."""
+    for leaf in ("module", "_orig_mod"):
+        held = isinstance(getattr(model, leaf, None), nn.Module)
+        if held and any(name.startswith(f"{leaf}.") for name in names):
+            return leaf
+    return None
+
+
 def build(
     checkpoint: Checkpoint,
     member: str | None = None,
     *,
     model: nn.Module | None = None,
     threads: int | None = None,
+    dtype: torch.dtype | None = torch.float32,
 ) -> nn.Module:
     """The network of one member: a plain module in evaluation mode, no parametrization left.
 
     Without ``model`` the recipe's architecture is built; its size is checked on meta before
-    anything is allocated. With ``model`` (for recipes of any nn.Module) the values are copied into
-    it. Raises IncompatibleError if names, shapes or classes do not fit, UsageError if ``model`` has
-    popup scores.
+    anything is allocated. Its floating tensors get ``dtype``, in which it computes, whatever those
+    of the file are (half precision fits into float32 exactly, double is rounded); None: those of
+    the file. With ``model`` (for recipes of any nn.Module) the values are copied into it;
+    what of it is on meta gets memory on the CPU. Raises IncompatibleError if names, shapes or
+    classes do not fit, UsageError if ``model`` has popup scores.
     """
+    checkpoint = as_checkpoint(checkpoint)
     who = checkpoint.member(member)
     recipe = checkpoint.recipe
     check_affordable(finished_bytes(recipe, who), "the checkpoint")
     if model is not None:
+        check_module(model)
         if scoring.attached(model) or slices.attached(model):
             raise UsageError("the given module has scores or a plan; pass one without")
         check_fit(recipe, who, model, "the given module", exact=True)
@@ -109,11 +134,11 @@ def build(
     assert spec is not None
     check_fit(recipe, who, shell, spec.name)
     raw = checkpoint.tensors(who.name, threads)
-    _move_into(shell, raw)
+    _move_into(shell, raw, dtype)
     if not fill_hidden(shell):
         # some hidden buffer only the constructor can fill
         whole = _with_head_of(who, build_initialised(spec, 0))
-        _copy_into(whole, raw)
+        _move_into(whole, raw, dtype)
         return whole.eval()
     return shell.eval()
 
@@ -134,13 +159,16 @@ def _with_head_of(member: Member, model: nn.Module) -> nn.Module:
     return model
 
 
-def _move_into(shell: nn.Module, raw: Mapping[str, RawTensor]) -> None:
-    """Make the tensors those of a module on meta, without a copy. ``check_fit`` has compared
-    names and shapes, so that nothing of load_state_dict's work is left but this."""
+def _move_into(shell: nn.Module, raw: Mapping[str, RawTensor], dtype: torch.dtype | None) -> None:
+    """Make the tensors those of a module on meta, without a copy where they have the dtype.
+    ``check_fit`` has compared names and shapes, so that nothing of load_state_dict's work is left
+    but this."""
     owners: dict[str, Any] = dict(shell.named_modules(remove_duplicate=False))
     for name, tensor in raw.items():
         prefix, _, leaf = name.rpartition(".")
         old, new = getattr(owners[prefix], leaf), to_torch(tensor)
+        if dtype is not None and new.is_floating_point():
+            new = new.to(dtype)
         if isinstance(old, nn.Parameter):
             new = nn.Parameter(new, requires_grad=old.requires_grad)
         setattr(owners[prefix], leaf, new)
@@ -159,10 +187,35 @@ def _check_ties(model: nn.Module, raw: Mapping[str, RawTensor]) -> None:
 
 
 def _copy_into(model: nn.Module, raw: Mapping[str, RawTensor]) -> None:
-    state = model.state_dict()
+    state = model.state_dict(keep_vars=True)
+    hidden = _hidden_on_meta(model)
+    made: dict[int, nn.Parameter] = {}  # a parameter with several names stays one
     with torch.no_grad():
         for name, tensor in raw.items():
-            state[name].copy_(to_torch(tensor))
+            if not state[name].is_meta:
+                state[name].copy_(to_torch(tensor))
+                continue
+            prefix, _, leaf = name.rpartition(".")
+            old, new = state[name], to_torch(tensor)
+            if isinstance(old, nn.Parameter):
+                new = made.setdefault(id(old), nn.Parameter(new, requires_grad=old.requires_grad))
+            setattr(model.get_submodule(prefix), leaf, new)
+    if hidden:
+        fill_hidden(model)
+
+
+def _hidden_on_meta(model: nn.Module) -> list[str]:
+    """Buffers on meta that no file holds. Raises IncompatibleError if the module cannot make
+    them."""
+    found = [name for name in hidden_names(model) if model.get_buffer(name).is_meta]
+    for name in found:
+        owner = model.get_submodule(name.rpartition(".")[0])
+        if not hasattr(owner, "init_non_persistent_buffers"):
+            raise IncompatibleError(
+                f"the given module is on meta, and its buffer {name} is in no file; build the "
+                "module on the CPU"
+            )
+    return found
 
 
 def plain_state(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -186,24 +239,47 @@ def harvest(
     survivors are learned their values. Any other tensor that still equals, bit for bit,
     what the member or the shared entry made is not stored again; a changed one is a constant if
     it repeats one value, else a replacement. ``scores`` keeps the popup scores as payloads too.
-    Other members keep their overlays and payload bytes. Raises IncompatibleError if the module's
-    tensors are not those of the checkpoint.
+    Other members keep their overlays and payload bytes. A module that was cast to another dtype is
+    stored in the file's (dtypes.py). Raises IncompatibleError if the module's tensors are not those
+    of the checkpoint, or if casting it has left what the file cannot say.
     """
+    checkpoint = as_checkpoint(checkpoint)
+    check_module(model)
+    scoring.check_has_values(model, "a file")
     check_fit(checkpoint.recipe, checkpoint.member(member), model, "the module")
     layers = scoring.attached(model)
     kept = layers if scores else {}
     return record(
         checkpoint,
-        {name: from_torch(tensor, name) for name, tensor in plain_state(model).items()},
+        _raw_state(checkpoint, model, member, {n for n, one in layers.items() if one.rescales}),
         chosen=scoring.harvest(model),
         factors={name: layer.factor for name, layer in layers.items()},
         alive=slices.survivors(model),
         parts=slices.attached(model),
-        scores={n: from_torch(layer.scores.detach().clone(), n) for n, layer in kept.items()},
+        scores={n: scores_to_store(layer.scores, n) for n, layer in kept.items()},
         algorithm=next((layer.algorithm for layer in kept.values()), "edge-popup"),
         rescaled=any(layer.rescales for layer in kept.values()),
         member=member,
     )
+
+
+def _raw_state(
+    checkpoint: Checkpoint, model: nn.Module, member: str | None, rescaled: set[str]
+) -> dict[str, RawTensor]:
+    """The module's tensors under plain names, in the dtypes of the file."""
+    who, found = checkpoint.member(member), dict[str, RawTensor]()
+    for name, tensor in plain_state(model).items():
+        raw = from_torch(tensor, name)
+        if raw.dtype != checkpoint.recipe.resolved(who, name).dtype:
+            if name in rescaled and raw.dtype != "F32":
+                raise IncompatibleError(
+                    f"the rescaled weights of {name} are {raw.dtype} in the module, which rounds "
+                    "them other than the file does; call .float() on the module before it is saved"
+                )
+            if name not in rescaled:  # what a factor multiplies is kept in single precision
+                raw = in_files_dtype(raw, checkpoint.rebuild(who, name), name)
+        found[name] = raw
+    return found
 
 
 def record(
@@ -270,12 +346,14 @@ def _change(
     """What the member must say of one tensor; None if the shared entry says it all."""
     if mask is None and name in member.tensors:
         before = checkpoint.tensor(name, member.name)
-        if before.same_bits(raw):
+        if same_values(before, raw):
             return _keep(checkpoint, member, name, payloads)
     overlays: list[Overlay] = []
     known = name in checkpoint.recipe.tensors
     shared = checkpoint.rebuild(Member(), name) if known else None
-    if shared is None or not shared.same_bits(raw):
+    # what a mask's factor multiplies is rounded in the entry's dtype
+    exact = mask is not None and mask[1] != 1.0
+    if shared is None or not (shared.same_bits(raw) if exact else same_values(shared, raw)):
         fits = shared is not None and (shared.dtype, shared.shape) == (raw.dtype, raw.shape)
         if fits and shared is not None and part is not None and _only_slice(shared, raw, part):
             assert part.dim is not None

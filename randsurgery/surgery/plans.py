@@ -20,9 +20,15 @@ from randsurgery.format.checkpoint import Checkpoint
 from randsurgery.format.recipe import ConstantSource, Learned, Plan
 from randsurgery.format.tensors import hex_float
 from randsurgery.surgery.architectures import classifier_names
-from randsurgery.surgery.heads import FixedClassifier, fixed_heads
+from randsurgery.surgery.heads import FixedClassifier, check_not_fixed, fixed_heads
 from randsurgery.surgery.initialisers import parse_fraction
-from randsurgery.surgery.roles import is_norm, select_modules, weight_names
+from randsurgery.surgery.roles import (
+    Selection,
+    is_norm,
+    select,
+    select_modules,
+    weight_names,
+)
 
 Dim = Literal["out", "in", "height", "width"]
 HeadUse = Literal["learned", "frozen"]
@@ -35,7 +41,8 @@ class Freeze:
 
     fraction: share of each layer's filters, (0, 1], parsed as a decimal. count: their number
     instead. dim: the dimension that is sliced. only: patterns of the layers that are learned,
-    whole unless ``fraction`` or ``count`` slices them; without any of the three, every layer is.
+    whole unless ``fraction`` or ``count`` slices them, or of single parameters (``pos_embed``),
+    always whole; without any of the three, every layer is.
     norms: scales and shifts learned. statistics: running statistics follow the data or stay. head:
     the classifier learned (whole) or frozen; None: learned unless ``only`` leaves it out. linear:
     other linear layers sliced like convolutions, or learned whole (the paper's rule). least:
@@ -115,6 +122,12 @@ def _slices(name: str, module: nn.Module, wish: Freeze, empty: list[str]) -> dic
     for leaf in weight_names(module):
         weight = getattr(module, leaf)
         full = f"{name}.{leaf}" if name else leaf
+        if leaf not in module._parameters:
+            raise IncompatibleError(
+                f"{full} is made from other tensors (weight_norm, spectral_norm, prune or another "
+                "parametrization), so it has no slice to learn; remove that first, or name other "
+                "layers with --only"
+            )
         if not isinstance(module, (_ConvNd, nn.Linear, nn.MultiheadAttention)):
             raise IncompatibleError(
                 f"{full} ({type(module).__name__}) is not a plain filter tensor; name other layers "
@@ -132,7 +145,7 @@ def _slices(name: str, module: nn.Module, wish: Freeze, empty: list[str]) -> dic
                 "--linear whole, or name layers with --only"
             )
         count = _filters(wish, weight.shape[dim])
-        if count == 0:
+        if count == 0 and weight.shape[dim]:
             empty.append(full)
         found[full] = Learned(part="slice", dim=dim, count=count)
         bias = {"weight": "bias", "in_proj_weight": "in_proj_bias"}.get(leaf, "")
@@ -164,13 +177,14 @@ def make_plan(model: nn.Module, wish: Freeze) -> Plan:
     heads = select_modules(model, ("@head",)) if classifier_names(model) else set()
     heads |= set(fixed_heads(model))
     named = _named(model, wish, heads)
+    layers = named.modules if named else frozenset[str]()
     use_head = wish.head != "frozen" and (
-        wish.head == "learned" or named is None or (bool(heads) and heads <= named)
+        wish.head == "learned" or named is None or (bool(heads) and heads <= layers)
     )
     learned: dict[str, Learned] = {}
     empty: list[str] = []
     for name, module in model.named_modules():
-        chosen = named is None or name in named
+        chosen = named is None or name in layers
         if name in heads:
             asked = use_head or (named is not None and chosen and wish.head != "frozen")
             learned |= _whole(name, module) if asked else {}
@@ -186,32 +200,45 @@ def make_plan(model: nn.Module, wish: Freeze) -> Plan:
         raise UsageError(
             f"no filter would be learned in {', '.join(empty)}; pass --min 1 or a larger share"
         )
+    own = named.parameters if named else frozenset[str]()
+    check_not_fixed(model, sorted(own))
+    learned |= dict.fromkeys(own, WHOLE)
     plan = Plan(tensors=dict(sorted(learned.items())), statistics=wish.statistics)
     _check_use(model, wish, plan)
     return plan
 
 
-def _named(model: nn.Module, wish: Freeze, heads: set[str]) -> set[str] | None:
-    """The modules that ``only`` names. Raises UsageError for a pattern that names nothing but what
-    another option freezes."""
+def _named(model: nn.Module, wish: Freeze, heads: set[str]) -> Selection | None:
+    """What ``only`` names. Raises UsageError for a pattern that names nothing but what another
+    option freezes."""
     if not wish.only:
         return None
-    named: set[str] = set()
+    named = Selection()
     norms = {name for name, module in model.named_modules() if is_norm(module)}
     for pattern in wish.only:
-        hits = select_modules(model, (pattern,))
+        found = select(model, (pattern,))
+        hits = {*found.modules, *(name.rpartition(".")[0] for name in found.parameters)}
         for frozen, option, what in (
             (not wish.norms, "--norms frozen", norms),
             (wish.head == "frozen", "--head frozen", heads),
         ):
             if frozen and hits <= what:
                 raise UsageError(f"--only {pattern} and {option} contradict each other")
-        named |= hits
+        named |= found
     return named
 
 
 def _check_use(model: nn.Module, wish: Freeze, plan: Plan) -> None:
     """Raises UsageError for options that came to nothing."""
+    for pattern in wish.only if wish.slices else ():
+        found = select(model, (pattern,))
+        inside = tuple(f"{name}." for name in found.modules)
+        if not found.parameters and not any(name.startswith(inside) for name in plan.tensors):
+            kind = type(model.get_submodule(min(found.modules))).__name__
+            raise UsageError(
+                f"--only {pattern} names no convolution or linear layer to slice, but "
+                f"{min(found.modules)} ({kind}); leave --fraction and --count out to learn it whole"
+            )
     if not plan.tensors:
         raise UsageError("nothing would be learned; give --fraction, --count or --only")
     if wish.slices and all(part.part == "whole" for part in plan.tensors.values()):

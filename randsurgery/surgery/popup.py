@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import nn
@@ -18,15 +18,16 @@ from randsurgery.errors import UsageError
 from randsurgery.format.generator import Role
 from randsurgery.format.masks import Mask
 from randsurgery.surgery.initialisers import kept_count, parse_fraction
+from randsurgery.surgery.masking import Scores
 from randsurgery.surgery.roles import select_modules
 from randsurgery.surgery.scores import (
-    Scores,
     Scoring,
     initial_scores,
     put_scores,
     resolve,
     tensor_name,
 )
+from randsurgery.surgery.tensors import transformed
 from randsurgery.surgery.threshold import Bracket, select
 
 MaskKind = Literal["learned", "random"]
@@ -66,33 +67,18 @@ def check_mask_kind(name: str) -> MaskKind:
     raise UsageError(f"unknown --mask {name!r}, expected learned or random")
 
 
-class _StraightThrough(torch.autograd.Function):
-    """weight * h(|score|), h the top-k indicator; backward takes h for the identity (Eq. 4, 5).
-
-    The straight-through step sits after the absolute value, so the gradient carries sign(score).
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, scores: torch.Tensor, weight: torch.Tensor, layer: PopupScores
-    ) -> torch.Tensor:
-        # kept as attributes, not as saved tensors: one masked weight may serve several backwards
-        ctx.scores, ctx.weight = scores, weight
-        return select(scores, weight, layer.zeroed, layer.bracket, layer.tensor_name)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        return score_gradient(gradient, ctx.weight, ctx.scores), None, None
-
-
 BLOCK = 1 << 17
 
 
 def score_gradient(
     gradient: torch.Tensor, weight: torch.Tensor, scores: torch.Tensor
 ) -> torch.Tensor:
-    """gradient * weight * sign(score), elementwise and of one shape (Ramanujan et al., Eq. 5)."""
-    if gradient.device.type != "cpu":
+    """gradient * weight * sign(score), elementwise and of one shape (Ramanujan et al., Eq. 5).
+
+    The straight-through step sits after the absolute value, so the gradient carries sign(score).
+    """
+    # a backward pass that is to be differentiated, or batched by torch.func, runs with gradients
+    if torch.is_grad_enabled() or gradient.device.type != "cpu" or transformed():
         return gradient * weight * scores.sign()
     # block by block, so that the signs never leave the cache
     out = torch.empty_like(scores, memory_format=torch.contiguous_format)
@@ -119,10 +105,22 @@ class PopupScores(Scores):
         self.zeroed = zeroed
         self.bracket = Bracket()
 
-    def masked(self, weight: torch.Tensor) -> torch.Tensor:
-        """The weight with its lowest-scored elements zeroed; same shape."""
-        out: torch.Tensor = _StraightThrough.apply(self.scores, weight, self)
-        return out
+    def choose(
+        self, scores: torch.Tensor, weight: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The weight with its lowest-scored elements zeroed, and 1."""
+        masked = select(scores, weight, self.zeroed, self.bracket, self.tensor_name)
+        return masked, torch.ones(())
+
+    def gradient(
+        self,
+        gradient: torch.Tensor,
+        weight: torch.Tensor,
+        scores: torch.Tensor,
+        factor: torch.Tensor,
+    ) -> torch.Tensor:
+        """weight * h(|score|), h the top-k indicator, with h taken for the identity (Eq. 4, 5)."""
+        return score_gradient(gradient, weight, scores)
 
     def mask(self) -> Mask:
         """The mask that the scores choose now."""
@@ -132,7 +130,7 @@ class PopupScores(Scores):
 def top_k(scores: torch.Tensor, zeroed: int, name: str, bracket: Bracket | None = None) -> Mask:
     """The mask of all but the ``zeroed`` lowest |scores| of a tensor."""
     kept = select(scores, torch.ones_like(scores), zeroed, bracket or Bracket(), name)
-    return Mask.of(kept.detach().cpu().numpy() != 0)
+    return Mask.of((kept != 0).cpu().numpy())
 
 
 def shares(model: nn.Module, popup: Popup) -> dict[str, Fraction]:

@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from fractions import Fraction
 
+from pydantic import ValidationError
 from torch import nn
 
-from randsurgery.errors import IncompatibleError, near
+from randsurgery.errors import IncompatibleError, UsageError
 from randsurgery.format.checkpoint import Checkpoint, Memory
 from randsurgery.format.container import Container
 from randsurgery.format.fields import SHARED
+from randsurgery.format.masks import Mask
 from randsurgery.format.rebuild import payload_name
 from randsurgery.format.recipe import (
     BaseRef,
     BaseSource,
     ConstantSource,
     Entry,
+    MaskOverlay,
     Member,
     RandomSource,
     Recipe,
     Source,
 )
 from randsurgery.format.specs import HeadSpec, ModelSpec
-from randsurgery.format.tensors import hex_float
+from randsurgery.format.tensors import RawTensor, hex_float
 from randsurgery.surgery.architectures import (
     ArgValue,
     build_initialised,
@@ -34,6 +38,8 @@ from randsurgery.surgery.architectures import (
     spec_of,
 )
 from randsurgery.surgery.bases import Base
+from randsurgery.surgery.checkpoints import Own, match, plain_names
+from randsurgery.surgery.heads import last_layers
 from randsurgery.surgery.initialisers import (
     Init,
     check_init,
@@ -42,9 +48,12 @@ from randsurgery.surgery.initialisers import (
     parse_fraction,
     random_source,
 )
-from randsurgery.surgery.roles import Role, TensorRole, tensor_roles
-from randsurgery.surgery.sentences import stored_entry
-from randsurgery.surgery.tensors import dtype_name, from_torch
+from randsurgery.surgery.roles import Role, TensorRole, check_storable, tensor_roles
+from randsurgery.surgery.sentences import mask_overlay, stored_entry
+from randsurgery.surgery.tensors import dtype_name, from_torch, to_torch
+
+BASE = "base"
+"""The id of the only base of a file."""
 
 # Norm-free start values: with frozen norms a zero-initialised scale would silence its branch.
 CONSTANTS: dict[Role, float] = {
@@ -102,9 +111,11 @@ def make_recipe(
     scale_k = _checked(init, seed, scaled_for)
     spec = spec_of(model, dict(args or {})) if isinstance(model, str) else None
     shell = build_meta(spec) if spec is not None else model
-    assert isinstance(shell, nn.Module)
+    if not isinstance(shell, nn.Module):
+        raise UsageError(f"expected a timm name or an nn.Module, found {type(shell).__name__}")
     state = shell.state_dict()
     roles = tensor_roles(shell)
+    check_storable(state, roles)
     speaker = _speakers(shell, roles)
     sources = {
         name: _tied(planned_source(roles[speaker[name]], init, seed, scale_k), name, speaker)
@@ -155,10 +166,7 @@ def _assemble(
     shell: nn.Module,
     bases: dict[str, Base] | None = None,
 ) -> Checkpoint:
-    refs = {
-        key: BaseRef(identity=b.identity, file=b.file, origin=b.origin, revision=b.revision)
-        for key, b in (bases or {}).items()
-    }
+    refs = {key: reference(base) for key, base in (bases or {}).items()}
     recipe = Recipe(
         model=spec,
         tensors=dict(sorted(entries.items())),
@@ -170,6 +178,19 @@ def _assemble(
     return Checkpoint(recipe, payloads, tensors, opened=opened)
 
 
+def reference(base: Base) -> BaseRef:
+    """How a file refers to a base. Raises UsageError for a name by which it could not be found."""
+    try:
+        return BaseRef(
+            identity=base.identity, file=base.file, origin=base.origin, revision=base.revision
+        )
+    except ValidationError:
+        raise UsageError(
+            f"{base.file}: a file cannot refer to that name; rename it to one without '..', colons "
+            "and backslashes"
+        ) from None
+
+
 def make_recipe_on_base(
     name: str,
     base: Base,
@@ -178,44 +199,87 @@ def make_recipe_on_base(
     seed: int = 0,
     scaled_for: str | float | Fraction | None = None,
     args: Mapping[str, ArgValue] | None = None,
+    notes: list[str] | None = None,
 ) -> Checkpoint:
     """A network whose tensors refer to a dense checkpoint, which its ``close`` closes.
 
-    A classifier of another number of classes is drawn from the seed instead. Raises
-    IncompatibleError, both ways: a tensor of the architecture that the base lacks or has in
-    another shape, a tensor of the base that the architecture lacks.
+    Without ``num_classes`` in ``args`` it has as many classes as the base; a classifier of another
+    number of classes is drawn from the seed instead. What was pruned is the base under a mask.
+    ``notes`` gets what the user is to know. Raises IncompatibleError, both ways: a tensor of the
+    architecture that the base lacks or has in another shape, a tensor of the base that the
+    architecture lacks.
     """
     scale_k = _checked(init, seed, scaled_for)
-    spec = spec_of(name, dict(args or {}))
+    spec = with_classes(spec_of(name, dict(args or {})), base)
     shell = build_meta(spec)
     state, roles = shell.state_dict(), tensor_roles(shell)
     heads = tuple(f"{name}." for name in classifier_names(shell))
-    prefix = "module." if all(n.startswith("module.") for n in base.names) else ""
-    unused = {n.removeprefix(prefix) for n in base.names} - set(state)
-    if unused:
-        first = min(unused)
-        raise IncompatibleError(
-            f"{base.file or base.origin}: tensor {first!r} is not one of {name}"
-            + near(first, state)
-        )
+    file = str(base.file or base.origin)
+    matched = match(base.names, state, file, name, base.about)
+    said = [*base.notes, *matched.notes]
     entries: dict[str, Entry] = {}
+    payloads = Memory()
     for tensor_name, tensor in state.items():
         shape = tuple(tensor.shape)
-        dtype = dtype_name(tensor.dtype, tensor_name)
-        source: Source | None = BaseSource(base="base", tensor=prefix + tensor_name)
-        if prefix + tensor_name not in base.names:
-            raise IncompatibleError(f"{base.file or base.origin}: lacks {tensor_name!r} of {name}")
-        found = base.tensors.read(prefix + tensor_name)
-        if found.shape != shape and tensor_name.startswith(heads):
-            source = planned_source(roles[tensor_name], init, seed, scale_k)
-        elif found.shape != shape:
+        own = matched.own.get(tensor_name)
+        found = None if own is None else base_entry(base, own, tensor_name, payloads)
+        if found is not None and found.shape != shape and not tensor_name.startswith(heads):
             raise IncompatibleError(
-                f"{base.file or base.origin}: {tensor_name!r} is {list(found.shape)}, "
-                f"{name} needs {list(shape)}"
+                f"{file}: {tensor_name!r} is {list(found.shape)}, {name} needs {list(shape)}"
             )
-        else:
-            dtype = found.dtype
-        if source is None:
-            raise IncompatibleError(f"{tensor_name} cannot be drawn for another number of classes")
-        entries[tensor_name] = Entry(dtype=dtype, shape=shape, source=source)  # type: ignore[arg-type]
-    return _assemble(spec, entries, Memory(), shell, {"base": base})
+        if found is None or found.shape != shape:
+            source = planned_source(roles[tensor_name], init, seed, scale_k)
+            if source is None:
+                raise IncompatibleError(
+                    f"{tensor_name} cannot be drawn for another number of classes"
+                )
+            dtype = dtype_name(tensor.dtype, tensor_name)
+            if found is not None:
+                said.append(
+                    f"{tensor_name} is {list(found.shape)} in {file}, {list(shape)} here, and is "
+                    "drawn anew"
+                )
+            found = Entry(dtype=dtype, shape=shape, source=source)  # type: ignore[arg-type]
+        entries[tensor_name] = found
+    if notes is not None:
+        notes += said
+    return _assemble(spec, entries, payloads, shell, {BASE: base})
+
+
+def with_classes(spec: ModelSpec, base: Base, names: Mapping[str, str] | None = None) -> ModelSpec:
+    """The architecture for as many classes as the base's classifier tells apart, unless it says
+    their number. ``names``: the base's own names by the architecture's, if they are known."""
+    if "num_classes" in spec.args:
+        return spec
+    shell = build_meta(spec)
+    if names is None:
+        state = shell.state_dict()
+        names = plain_names(base.names, state.__contains__).own
+    with contextlib.suppress(IncompatibleError):  # a classifier without such a layer
+        for place in last_layers(shell):
+            own = names.get(f"{place}.weight") or names.get(f"{place}.weight_orig")
+            if own is not None:
+                classes = base.tensors.read(own).shape[0]
+                return spec.model_copy(update={"args": {**spec.args, "num_classes": classes}})
+    return spec
+
+
+def base_entry(base: Base, own: Own, name: str, payloads: Memory) -> Entry:
+    """A tensor of a base as a shared entry, under its mask if it was pruned, which goes to
+    ``payloads``. Raises IncompatibleError for a mask that is none."""
+    raw = base.tensors.read(own.tensor)
+    overlays: tuple[MaskOverlay, ...] = ()
+    if own.mask is not None:
+        mask = pruning_mask(base.tensors.read(own.mask), own.mask, raw.shape)
+        overlays = (mask_overlay(mask, SHARED, name, 0, payloads),)
+    source = BaseSource(base=BASE, tensor=own.tensor)
+    return Entry(dtype=raw.dtype, shape=raw.shape, source=source, overlays=overlays)  # type: ignore[arg-type]
+
+
+def pruning_mask(raw: RawTensor, name: str, shape: tuple[int, ...]) -> Mask:
+    """The mask that torch.nn.utils.prune saved as numbers. Raises IncompatibleError if it has
+    others than 0 and 1, or another shape than its weight."""
+    values = to_torch(raw)
+    if raw.shape != shape or not bool(((values == 0) | (values == 1)).all()):
+        raise IncompatibleError(f"{name!r} is no mask, expected 0 and 1 in the shape {list(shape)}")
+    return Mask.of((values != 0).numpy())

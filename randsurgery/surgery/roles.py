@@ -8,7 +8,7 @@ from __future__ import annotations
 import fnmatch
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -19,7 +19,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
-from randsurgery.errors import UsageError, near
+from randsurgery.errors import IncompatibleError, UsageError, near
+from randsurgery.format.fields import check_tensor_name
 from randsurgery.surgery.architectures import classifier_names
 
 Role = Literal[
@@ -77,7 +78,8 @@ def _fans(module: nn.Module, weight: torch.Tensor) -> tuple[int, int]:
             module.out_channels // module.groups * kernel,
         )
     receptive = math.prod(weight.shape[2:])
-    return weight.shape[1] * receptive, weight.shape[0] * receptive
+    # a tensor without elements has a fan all the same, or nothing could be divided by it
+    return max(1, weight.shape[1] * receptive), max(1, weight.shape[0] * receptive)
 
 
 def weight_names(module: nn.Module) -> tuple[str, ...]:
@@ -140,20 +142,36 @@ def _matches(modules: Iterable[str], pattern: str) -> set[str]:
     return {name for name in modules if fnmatch.fnmatchcase(name, pattern)}
 
 
-def _no_match(pattern: str, role: str, modules: Iterable[str]) -> str:
+def _no_match(pattern: str, role: str, modules: Iterable[str], bare: Iterable[str]) -> str:
     if role in ("@norm", "@head"):
         return f"pattern {pattern!r} matches no layer: the network has no {_ROLES[role]}"
     tops = list(dict.fromkeys(name.partition(".")[0] for name in modules))
     shown = ", ".join(tops[:8]) + (", ..." if len(tops) > 8 else "")
-    hint = near(pattern, [*modules, *_ROLES])
+    hint = near(pattern, [*modules, *bare, *_ROLES])
     return f"pattern {pattern!r} matches no layer, expected @norm, @head or a name in {shown}{hint}"
 
 
 _ROLES = {"@norm": "normalisation layer", "@head": "classifier"}
 
 
-def select_modules(model: nn.Module, patterns: Iterable[str]) -> set[str]:
-    """Names of the modules that any pattern matches, with all that lies inside them.
+@dataclass(frozen=True)
+class Selection:
+    """What patterns select: modules, and parameters that were named themselves."""
+
+    modules: frozenset[str] = frozenset()
+    parameters: frozenset[str] = frozenset()
+
+    def __or__(self, other: Selection) -> Selection:
+        return Selection(self.modules | other.modules, self.parameters | other.parameters)
+
+    def holds(self, module: str, leaf: str) -> bool:
+        """True if the parameter is selected, by its own name or with its module."""
+        return module in self.modules or (f"{module}.{leaf}" if module else leaf) in self.parameters
+
+
+def select(model: nn.Module, patterns: Iterable[str]) -> Selection:
+    """The modules that any pattern matches, with all that lies inside them, and the parameters
+    that patterns name which match no module (``pos_embed``, ``blocks.*.gamma_1``).
 
     A pattern is a module name with wildcards (``layer1``, ``blocks.*.attn``) or a role: ``@norm``
     (every normalisation layer), ``@head`` (the classifier). A plain ``norm`` or ``head`` is the
@@ -161,19 +179,63 @@ def select_modules(model: nn.Module, patterns: Iterable[str]) -> set[str]:
     matches nothing.
     """
     modules = {name: module for name, module in model.named_modules() if name}
-    found: set[str] = set()
+    bare = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    found = Selection()
     for pattern in patterns:
-        if not pattern.startswith("@") and not _matches(modules, pattern):
+        named, role = _matches(modules, pattern), pattern
+        if not pattern.startswith("@") and not named:
+            if own := _matches(bare, pattern):
+                found |= Selection(parameters=frozenset(own))
+                continue
             role = {"norm": "@norm", "head": "@head", "fc": "@head"}.get(pattern, pattern)
-        else:
-            role = pattern
         if role == "@norm":
             hits = {name for name, module in modules.items() if is_norm(module)}
         elif role == "@head":
             hits = set(classifier_names(model))
         else:
-            hits = _matches(modules, role)
+            hits = named
         if not hits:
-            raise UsageError(_no_match(pattern, role, modules))
-        found |= {n for n in modules if any(n == h or n.startswith(h + ".") for h in hits)}
+            places = [name for name in bare if "." not in name]
+            raise UsageError(_no_match(pattern, role, modules, places))
+        inside = (n for n in modules if any(n == h or n.startswith(h + ".") for h in hits))
+        found |= Selection(frozenset(inside))
     return found
+
+
+def select_modules(model: nn.Module, patterns: Iterable[str]) -> set[str]:
+    """As ``select``, where only modules will do."""
+    found: set[str] = set()
+    for pattern in patterns:
+        chosen = select(model, (pattern,))
+        if chosen.parameters:
+            raise UsageError(
+                f"pattern {pattern!r} matches no layer, but the parameter "
+                f"{min(chosen.parameters)!r}; name a layer"
+            )
+        found |= chosen.modules
+    return found
+
+
+def check_storable(state: Mapping[str, object], roles: Mapping[str, TensorRole]) -> None:
+    """Raises IncompatibleError if a state dict holds what a file cannot: values that are no
+    tensors, tensors that are neither parameters nor buffers, names that the format has not."""
+    for name, value in state.items():
+        if name.endswith("_extra_state"):
+            raise IncompatibleError(
+                f"{name} is what the module keeps beside its tensors (get_extra_state), which a "
+                "file cannot hold; take a module without it"
+            )
+        if not isinstance(value, torch.Tensor):
+            raise IncompatibleError(
+                f"{name} in the state dict is a {type(value).__name__}, expected a tensor; take a "
+                "module without it"
+            )
+        if name not in roles:
+            raise IncompatibleError(
+                f"{name} in the state dict is neither a parameter nor a buffer of the module (a "
+                "state dict hook made it); remove the hook"
+            )
+        try:
+            check_tensor_name(name)
+        except ValueError as error:
+            raise IncompatibleError(f"{error}; rename the module") from None

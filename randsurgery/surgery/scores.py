@@ -6,9 +6,8 @@ go, what else is learned, and how masks are read off is the same.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -17,14 +16,15 @@ from torch.nn.utils import parametrize
 from randsurgery.errors import IncompatibleError, UsageError
 from randsurgery.format.generator import Role, generate
 from randsurgery.format.masks import Mask, popcount
-from randsurgery.format.recipe import Algorithm
 from randsurgery.format.tensors import f32
-from randsurgery.surgery.heads import fixed_heads
+from randsurgery.surgery.heads import FixedClassifier, check_not_fixed, fixed_heads
 from randsurgery.surgery.initialisers import check_seed
+from randsurgery.surgery.masking import Scores, share_within_calls
 from randsurgery.surgery.roles import (
     STANDARDISED,
+    Selection,
     masked_weights,
-    select_modules,
+    select,
     tensor_roles,
 )
 
@@ -34,7 +34,8 @@ class Scoring:
     """What both algorithms are told.
 
     seed: of the initial scores. skip: patterns of layers left dense and frozen. learn: patterns
-    (``@norm``, ``@head``) of layers learned beside the mask, not masked.
+    (``@norm``, ``@head``) of layers, or of single parameters (``pos_embed``), that are learned
+    beside the mask, not masked.
     """
 
     seed: int = 0
@@ -47,56 +48,6 @@ class Scoring:
             if isinstance(patterns, str) or not all(isinstance(p, str) for p in patterns):  # type: ignore[attr-defined]
                 raise UsageError(f"{field} must be a sequence of patterns, found {patterns!r}")
         check_seed(self.seed)
-
-
-class Scores(nn.Module):
-    """The parametrization of one weight. The masked weight is computed once for each state of the
-    scores, however often it is read. A subclass says what scores mean."""
-
-    def __init__(self, tensor_name: str, scores: torch.Tensor) -> None:
-        super().__init__()
-        self.tensor_name = tensor_name
-        self.scores = nn.Parameter(scores)
-        self._cache: tuple[Any, torch.Tensor] | None = None
-
-    algorithm: ClassVar[Algorithm]
-
-    def masked(self, weight: torch.Tensor) -> torch.Tensor:
-        """The weight under its mask; gradients reach the scores."""
-        raise NotImplementedError
-
-    def mask(self) -> Mask:
-        """The mask that the scores choose now."""
-        raise NotImplementedError
-
-    rescales: bool = False  # ``factor`` is all / kept weights
-
-    @property
-    def factor(self) -> float:
-        """What the masked weight is multiplied by, a float32 value."""
-        return 1.0
-
-    def forward(self, weight: torch.Tensor) -> torch.Tensor:
-        """The weight with its masked elements zeroed; same shape."""
-        state = (
-            self.training,
-            self.scores._version,
-            self.scores.data_ptr(),
-            weight._version,
-            weight.data_ptr(),
-            torch.is_grad_enabled(),
-            self.scores.requires_grad,
-        )
-        if self._cache is None or self._cache[0] != state:
-            self._cache = (state, self.masked(weight))
-        return self._cache[1]
-
-    def forget(self) -> None:
-        """Drop the masked weight, as after a change of the scores that torch does not count."""
-        self._cache = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_cache": None}  # a masked weight can be neither copied nor saved
 
 
 def attached(model: nn.Module) -> dict[str, Scores]:
@@ -120,14 +71,18 @@ def tensor_name(layer: str, leaf: str) -> str:
 Target = tuple[str, nn.Module, str]
 
 
-def resolve(model: nn.Module, wish: Scoring) -> tuple[list[Target], set[str]]:
-    """What ``put_scores`` will mask, as (module name, module, parameter), and the modules that are
-    learned beside. Touches nothing, so a module on meta will do. Raises as it does."""
+def resolve(model: nn.Module, wish: Scoring) -> tuple[list[Target], Selection]:
+    """What ``put_scores`` will mask, as (module name, module, parameter), and what is learned
+    beside. Touches nothing, so a module on meta will do. Raises as it does."""
     if attached(model):
         raise UsageError("the module has scores already")
-    left_out = select_modules(model, (*wish.skip, *wish.learn))
-    learned = select_modules(model, wish.learn)
-    targets = [t for t in masked_weights(model) if t[0] not in left_out]
+    learned = select_learned(model, wish)
+    left_out = select(model, wish.skip) | learned
+    targets = [
+        (name, module, leaf)
+        for name, module, leaf in masked_weights(model)
+        if not left_out.holds(name, leaf) and getattr(module, leaf).numel()
+    ]
     if not targets:
         raise UsageError("no convolution or linear layer is left to mask")
     holders = owners(model)
@@ -140,7 +95,8 @@ def resolve(model: nn.Module, wish: Scoring) -> tuple[list[Target], set[str]]:
             )
         if leaf not in module._parameters:
             raise IncompatibleError(
-                f"{name}.{leaf} has a parametrization already; remove it first, or --skip the layer"
+                f"{tensor_name(name, leaf)} has a parametrization already; remove it first, or "
+                "--skip the layer"
             )
         if isinstance(module, STANDARDISED):
             raise IncompatibleError(
@@ -148,6 +104,41 @@ def resolve(model: nn.Module, wish: Scoring) -> tuple[list[Target], set[str]]:
                 "of a mask; choose another architecture, or --skip such layers"
             )
     return targets, learned
+
+
+def unmasked(model: nn.Module, wish: Scoring) -> str | None:
+    """What popup leaves as it is although it is no bias, norm, position or token: recurrent layers,
+    embeddings, parameters of the user's own. One sentence; None if there is none. A module on meta
+    will do."""
+    left_out = select(model, (*wish.skip, *wish.learn))
+    roles, places = tensor_roles(model), dict[str, None]()
+    for place, module in model.named_modules():
+        if isinstance(module, FixedClassifier):
+            continue
+        for leaf, parameter in module.named_parameters(recurse=False):
+            other = roles[tensor_name(place, leaf)].role == "other"
+            if other and parameter.numel() and not left_out.holds(place, leaf):
+                whole = place and not any(True for _ in module.children())
+                kind = type(module).__name__
+                places[f"{place} ({kind})" if whole else tensor_name(place, leaf)] = None
+    if not places:
+        return None
+    shown = list(places)[:6]
+    more = f" and {len(places) - len(shown)} more" if len(places) > len(shown) else ""
+    return (
+        f"neither masked nor learned, left as they are: {', '.join(shown)}{more}; name them with "
+        "--learn to train them, or with --skip if that is meant"
+    )
+
+
+def check_has_values(model: nn.Module, what: str) -> None:
+    """Raises IncompatibleError if some of the module is on meta."""
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_meta:
+            raise IncompatibleError(
+                f"{what} needs a module with values, but {name} is on meta; build the module on "
+                "the CPU, or load a file into it first"
+            )
 
 
 def owners(model: nn.Module) -> dict[int, list[str]]:
@@ -171,14 +162,15 @@ def put_scores(
     another parametrization).
     """
     targets, learned = resolve(model, wish)
+    check_has_values(model, "a mask")
     roles = tensor_roles(model)
     _learn_alone(model, learned)
     for name, module, leaf in targets:
         full = tensor_name(name, leaf)
         layer = make(full, getattr(module, leaf), roles[full].fan_in).eval()
         parametrize.register_parametrization(module, leaf, layer)  # computes it once
+        share_within_calls(module)
         layer.train(module.training)
-    model.register_forward_pre_hook(_forget_all)
     return model
 
 
@@ -189,27 +181,27 @@ def learn_beside(model: nn.Module, wish: Scoring) -> nn.Module:
     return model
 
 
-def select_learned(model: nn.Module, wish: Scoring) -> set[str]:
-    """The modules that ``wish.learn`` names. Raises UsageError for a pattern without a match."""
-    return select_modules(model, wish.learn)
+def select_learned(model: nn.Module, wish: Scoring) -> Selection:
+    """What ``wish.learn`` names. Raises UsageError for a pattern without a match, IncompatibleError
+    for one that names what a fixed classifier fixes."""
+    found = select(model, wish.learn)
+    check_not_fixed(model, sorted(found.parameters))
+    return found
 
 
-def _learn_alone(model: nn.Module, names: Iterable[str]) -> None:
+def _learn_alone(model: nn.Module, learned: Selection) -> None:
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    for name in names:
-        for parameter in model.get_submodule(name).parameters(recurse=False):
-            parameter.requires_grad_(True)
+    for name in learned.modules:
+        module = model.get_submodule(name)
+        if not isinstance(module, FixedClassifier):
+            for parameter in module.parameters(recurse=False):
+                parameter.requires_grad_(True)
+    for name in learned.parameters:
+        model.get_parameter(name).requires_grad_(True)
     for head in fixed_heads(model).values():
         for _, parameter in head.learned_parameters():
             parameter.requires_grad_(True)
-
-
-def _forget_all(model: nn.Module, _: Any) -> None:
-    """Before each forward pass of the whole: compute every mask anew, once."""
-    for layer in model.modules():
-        if isinstance(layer, Scores):
-            layer.forget()
 
 
 def initial_scores(

@@ -1,17 +1,35 @@
 """Plain convolutions and linear layers of which a slice is learned: the slice's gradient alone.
 
-The learned slice is a parameter that shares memory with the weight; the backward pass computes the
-gradients of the input and of the slice, and nothing of the weight's rest.
+The learned slice is a parameter with memory of its own. What a layer computes with is put together
+anew for each call, so that no copy, average, optimiser or write can part slice and whole. The
+backward pass computes the gradients of the input and of the slice, and nothing of the weight's
+rest.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
-from torch.autograd.function import once_differentiable
+
+from randsurgery.surgery.tensors import equal_bits, transformed
+
+
+def assembled(whole: torch.Tensor, learned: torch.Tensor, dim: int) -> torch.Tensor:
+    """The whole tensor with ``learned`` as its first indices along ``dim``; new memory. Gradients
+    reach what is learned."""
+    return torch.slice_scatter(whole, learned, dim, 0, learned.shape[dim])
+
+
+@torch.no_grad()
+def write_slice(whole: torch.Tensor, learned: torch.Tensor, dim: int) -> None:
+    """Let the whole tensor have the learned values too, for those who read it by itself."""
+    part = whole.detach().narrow(dim, 0, learned.shape[dim])
+    if not whole.is_meta and not equal_bits(part, learned):
+        part.copy_(learned)
 
 
 def _under_autocast(*tensors: torch.Tensor | None) -> Iterator[torch.Tensor | None]:
@@ -35,15 +53,24 @@ def _remember(
     layer: Sliced,
 ) -> None:
     """What both backward passes need."""
-    ctx.save_for_backward(x, weight)
+    ctx.save_for_backward(x, slice_, weight)
     ctx.dim, ctx.count = layer.dim, slice_.shape[layer.dim]
     ctx.dtypes = slice_.dtype, None if bias_slice is None else bias_slice.dtype
     ctx.bias_count = 0 if bias_slice is None else len(bias_slice)
 
 
+def _remembered(ctx: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Input and weight. Where the backward pass is to be differentiated itself, the weight depends
+    on its slice."""
+    x, slice_, weight = ctx.saved_tensors
+    if torch.is_grad_enabled():
+        weight = assembled(weight, slice_.to(weight.dtype), ctx.dim)
+    return x, weight
+
+
 class _ConvSlice(torch.autograd.Function):
-    """conv2d(x, weight, bias); backward gives the gradients of x, of the first ``count`` indices of
-    the weight along ``dim``, and of the first elements of the bias."""
+    """conv2d(x, weight, bias); backward gives the gradients of x, of the slice, which is the first
+    indices of the weight along ``dim``, and of the first elements of the bias."""
 
     @staticmethod
     def forward(
@@ -60,9 +87,8 @@ class _ConvSlice(torch.autograd.Function):
         return torch.conv2d(x, weight, bias, *ctx.where)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
+        x, weight = _remembered(ctx)
         where, shape = ctx.where, x.shape
         stepped = weight.shape[2:] == (1, 1) and where[1] == (0, 0) and where[0] != (1, 1)
         if stepped:  # a pointwise convolution sees only these pixels; libraries are slow to see it
@@ -120,6 +146,11 @@ def _weight_gradient(
     return product.sum(0).view(weight.shape)
 
 
+def _rows(tensor: torch.Tensor) -> torch.Tensor:
+    """(..., n) -> (rows, n), also where n is 0."""
+    return tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])
+
+
 class _LinearSlice(torch.autograd.Function):
     """linear(x, weight, bias) with the gradients of ``_ConvSlice``."""
 
@@ -137,16 +168,15 @@ class _LinearSlice(torch.autograd.Function):
         return nn.functional.linear(x, weight, bias)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
+        x, weight = _remembered(ctx)
         n = ctx.count
         for_x = for_slice = for_bias = None
-        rows = gradient.reshape(-1, gradient.shape[-1])
+        rows = _rows(gradient)
         if ctx.needs_input_grad[0]:
             for_x = gradient.matmul(weight)
         if ctx.needs_input_grad[1]:
-            seen = x.reshape(-1, x.shape[-1])
+            seen = _rows(x)
             parts = (rows[:, :n], seen) if ctx.dim == 0 else (rows, seen[:, :n])
             for_slice = parts[0].t().mm(parts[1]).to(ctx.dtypes[0])
         if ctx.needs_input_grad[2]:
@@ -154,33 +184,12 @@ class _LinearSlice(torch.autograd.Function):
         return for_x, for_slice, for_bias, None, None, None
 
 
-def tie_slice(whole: torch.Tensor, learned: nn.Parameter, dim: int) -> None:
-    """Make ``learned`` the first indices of ``whole`` along ``dim`` again, in value and memory,
-    after something has moved one of them (``module.to``)."""
-    part = whole.detach().narrow(dim, 0, learned.shape[dim])
-    if (part.data_ptr(), part.stride()) != (learned.data_ptr(), learned.stride()):
-        with torch.inference_mode(False):  # or an evaluation would leave nothing to learn
-            part = whole.detach().narrow(dim, 0, learned.shape[dim])
-            part.copy_(learned.detach())
-            learned.data = part
-
-
-class Narrowed(torch.autograd.Function):
-    """The whole tensor; backward hands the gradient's slice to the learned part."""
-
-    @staticmethod
-    def forward(ctx: Any, learned: torch.Tensor, whole: torch.Tensor, dim: int) -> torch.Tensor:
-        ctx.dim, ctx.count = dim, learned.shape[dim]
-        return whole.detach()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        return gradient.narrow(ctx.dim, 0, ctx.count), None, None
-
-
 class Sliced(nn.Module):
-    """What both plain layers share; ``attach`` gives it ``dim`` and the slice parameters."""
+    """What both plain layers share; ``attach`` gives it ``dim`` and the slice parameters.
+
+    ``weight`` and ``bias`` among the parameters are the frozen whole. What they hold where the
+    slice lies is not looked at; a state dict shows the learned values there, too.
+    """
 
     dim: int
     learned_weight: nn.Parameter
@@ -188,12 +197,10 @@ class Sliced(nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:
-        """The whole weight. Gradients reach its slice, for networks that do not call the layer but
-        compute with its weight themselves."""
-        self.tie()
+        """The whole weight. Gradients reach its slice."""
         whole = self._parameters["weight"]
-        found: torch.Tensor = Narrowed.apply(self.learned_weight, whole, self.dim)
-        return found
+        assert whole is not None
+        return assembled(whole, self.learned_weight, self.dim)
 
     @property
     def bias(self) -> torch.Tensor | None:
@@ -201,24 +208,37 @@ class Sliced(nn.Module):
         whole = self._parameters["bias"]
         if whole is None or self.learned_bias is None:
             return whole
-        self.tie()
-        found: torch.Tensor = Narrowed.apply(self.learned_bias, whole, 0)
-        return found
+        return assembled(whole, self.learned_bias, 0)
 
-    def tie(self) -> None:
-        """Let the slices be parts of weight and bias again, if something moved one of them."""
-        weight, bias = self._parameters["weight"], self._parameters["bias"]
-        assert weight is not None
-        tie_slice(weight, self.learned_weight, self.dim)
-        if bias is not None and self.learned_bias is not None:
-            tie_slice(bias, self.learned_bias, 0)
+    def parts(self) -> Iterator[tuple[str, torch.Tensor, torch.Tensor, int]]:
+        """(name, whole, learned part, dim) of what is sliced."""
+        for leaf, learned, dim in (
+            ("weight", self.learned_weight, self.dim), ("bias", self.learned_bias, 0)
+        ):  # fmt: skip
+            whole = self._parameters[leaf]
+            if whole is not None and learned is not None:
+                yield leaf, whole, learned, dim
 
     def operands(self, x: torch.Tensor) -> tuple[Any, ...]:
         """What the functions above take, as autocast wants it."""
-        self.tie()
-        whole, whole_bias = self._parameters["weight"], self._parameters["bias"]
-        x_, weight, bias = _under_autocast(x, whole, whole_bias)
-        return x_, self.learned_weight, self.learned_bias, weight, bias, self
+        with torch.no_grad():
+            weight, bias = self.weight, self.bias
+        x_, weight_, bias_ = _under_autocast(x, weight, bias)
+        return x_, self.learned_weight, self.learned_bias, weight_, bias_, self
+
+    def _save_to_state_dict(self, *args: Any, **options: Any) -> None:
+        for _, whole, learned, dim in self.parts():
+            write_slice(whole, learned, dim)
+        super()._save_to_state_dict(*args, **options)
+
+    def _load_from_state_dict(self, state: Any, prefix: str, *args: Any) -> None:
+        # the state of a plain layer says what the slice is
+        for leaf, _, learned, dim in self.parts():
+            given = state.get(prefix + leaf)
+            if given is not None and prefix + f"learned_{leaf}" not in state:
+                part = given.narrow(dim, 0, learned.shape[dim])
+                state[prefix + f"learned_{leaf}"] = part.clone()
+        super()._load_from_state_dict(state, prefix, *args)
 
 
 class SlicedConv2d(Sliced, nn.Conv2d):  # type: ignore[override]
@@ -228,6 +248,8 @@ class SlicedConv2d(Sliced, nn.Conv2d):  # type: ignore[override]
         """(N, in, H, W) -> (N, out, H', W'), or without N."""
         if x.dim() == 3:
             return self.forward(x.unsqueeze(0)).squeeze(0)
+        if transformed():
+            return super().forward(x)
         operands = self.operands(x)
         with torch.autocast(x.device.type, enabled=False):
             out: torch.Tensor = _ConvSlice.apply(*operands)
@@ -239,6 +261,8 @@ class SlicedLinear(Sliced, nn.Linear):  # type: ignore[misc, override]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., in) -> (..., out)."""
+        if transformed():
+            return super().forward(x)
         operands = self.operands(x)
         with torch.autocast(x.device.type, enabled=False):
             out: torch.Tensor = _LinearSlice.apply(*operands)

@@ -1,10 +1,9 @@
 """Partial training (Rosenfeld & Tsotsos, Section 3): learn a plan's part of a network.
 
 ``attach`` makes what the plan names the module's only learned parameters. The learned slice of a
-weight is a parameter of its own that shares memory with the weight, so that an optimiser's step
-changes both and nothing is ever concatenated. Optimiser state, weight decay and momentum know
-only the slice. For plain convolutions and linear layers, the weight's gradient is computed for the
-slice alone.
+weight is a parameter of its own, beside the frozen whole. Optimiser state, weight decay and
+momentum know only the slice. For plain convolutions and linear layers, the weight's gradient is
+computed for the slice alone.
 """
 
 from __future__ import annotations
@@ -19,8 +18,15 @@ from torch.nn.utils import parametrize
 from randsurgery.errors import IncompatibleError, UsageError
 from randsurgery.format.masks import Mask
 from randsurgery.format.recipe import Learned, Plan
-from randsurgery.surgery.scores import owners
-from randsurgery.surgery.sliced_layers import PLAIN, Narrowed, Sliced, is_plain, tie_slice
+from randsurgery.surgery.heads import check_not_fixed
+from randsurgery.surgery.scores import check_has_values, owners
+from randsurgery.surgery.sliced_layers import PLAIN, Sliced, assembled, is_plain
+
+
+def _slice_parameter(whole: torch.Tensor, dim: int, count: int) -> nn.Parameter:
+    """The first ``count`` along ``dim`` as a parameter with memory of its own."""
+    return nn.Parameter(whole.detach().narrow(dim, 0, count).clone())
+
 
 # --- every other tensor: the whole gradient, then the part that is learned ------------------------
 
@@ -33,30 +39,28 @@ class SliceOf(nn.Module):
         assert part.dim is not None
         assert part.count is not None
         self.tensor_name, self.part, self.dim = tensor_name, part, part.dim
-        self.learned = nn.Parameter(whole.detach().narrow(part.dim, 0, part.count))
+        self.learned = _slice_parameter(whole, part.dim, part.count)
 
     def forward(self, whole: torch.Tensor) -> torch.Tensor:
         """The tensor itself, its slice as learned; same shape."""
-        tie_slice(whole, self.learned, self.dim)
-        out: torch.Tensor = Narrowed.apply(self.learned, whole, self.dim)
-        return out
+        return assembled(whole, self.learned, self.dim)
 
 
 class Survivors(nn.Module):
     """The parametrization of a masked weight whose surviving values are learned; the rest is 0."""
 
-    positions: torch.Tensor
-
     def __init__(self, tensor_name: str, whole: torch.Tensor, mask: Mask) -> None:
         super().__init__()
         self.tensor_name, self.part = tensor_name, Learned(part="survivors")
-        positions = torch.from_numpy(mask.unpack().nonzero()[0]).to(whole.device)
         self.size = whole.numel()
-        self.register_buffer("positions", positions, persistent=False)
-        self.learned = nn.Parameter(whole.detach().reshape(-1)[positions])
+        # no buffer: averages of models would average it
+        self.positions = torch.from_numpy(mask.unpack().nonzero()[0]).to(whole.device)
+        self.learned = nn.Parameter(whole.detach().reshape(-1)[self.positions])
 
     def forward(self, whole: torch.Tensor) -> torch.Tensor:
         """Zeros with the learned values at their positions; same shape."""
+        if self.positions.device != whole.device:
+            self.positions = self.positions.to(whole.device)
         empty = torch.zeros(whole.numel(), dtype=whole.dtype, device=whole.device)
         return empty.index_copy(0, self.positions, self.learned).view(whole.shape)
 
@@ -72,12 +76,8 @@ def attached(model: nn.Module) -> dict[str, Learned]:
             found[place.replace("parametrizations.", "").rpartition(".")[0]] = module.part
         if isinstance(module, Sliced):
             prefix = f"{place}." if place else ""
-            for leaf, learned, dim in (
-                ("weight", module.learned_weight, module.dim), ("bias", module.learned_bias, 0)
-            ):  # fmt: skip
-                if learned is not None:
-                    count = learned.shape[dim]
-                    found[prefix + leaf] = Learned(part="slice", dim=dim, count=count)
+            for leaf, _, learned, dim in module.parts():
+                found[prefix + leaf] = Learned(part="slice", dim=dim, count=learned.shape[dim])
     return found
 
 
@@ -87,8 +87,7 @@ def settle(model: nn.Module, state: dict[str, torch.Tensor]) -> None:
         prefix, _, leaf = name.rpartition(".")
         module = model.get_submodule(prefix)
         prefix = f"{prefix}." if prefix else ""
-        if isinstance(module, Sliced):
-            module.tie()
+        if isinstance(module, Sliced):  # whose state dict shows the slice in the whole
             state.pop(f"{prefix}learned_{leaf}", None)
             continue
         inner = f"{prefix}parametrizations.{leaf}."
@@ -141,6 +140,8 @@ def attach(
     """
     if attached(model):
         raise UsageError("the module has a plan attached already")
+    check_not_fixed(model, plan.tensors)
+    check_has_values(model, "a plan")
     shared = {ident for ident, names in owners(model).items() if len(names) > 1}
     found: list[tuple[str, nn.Module, str, Learned]] = []
     for name, part in plan.tensors.items():
@@ -173,7 +174,7 @@ def _learn(name: str, module: nn.Module, leaf: str, part: Learned, mask: Mask | 
     assert whole is not None
     if leaf == "bias" and isinstance(module, Sliced):
         count = part.count if part.count is not None else len(whole)
-        module.learned_bias = nn.Parameter(whole.detach().narrow(0, 0, count))
+        module.learned_bias = _slice_parameter(whole, 0, count)
     elif part.part == "whole":
         whole.requires_grad_(True)
     elif part.part == "survivors":
@@ -184,7 +185,7 @@ def _learn(name: str, module: nn.Module, leaf: str, part: Learned, mask: Mask | 
         module.__class__ = PLAIN[type(module)]
         assert isinstance(module, Sliced)
         module.dim = part.dim
-        module.learned_weight = nn.Parameter(whole.detach().narrow(part.dim, 0, part.count))
+        module.learned_weight = _slice_parameter(whole, part.dim, part.count)
         module.learned_bias = None
     else:
         parametrize.register_parametrization(module, leaf, SliceOf(name, whole, part))

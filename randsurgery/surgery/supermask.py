@@ -8,7 +8,7 @@ evaluation, and in a file, the mask is fixed.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import nn
@@ -19,7 +19,8 @@ from randsurgery.format.generator import generate
 from randsurgery.format.masks import Mask
 from randsurgery.format.recipe import Member
 from randsurgery.format.tensors import f32
-from randsurgery.surgery.scores import Scores, Scoring, initial_scores, put_scores
+from randsurgery.surgery.masking import Scores
+from randsurgery.surgery.scores import Scoring, initial_scores, put_scores
 from randsurgery.surgery.tensors import to_torch
 
 Final = Literal["threshold", "sample"]
@@ -52,23 +53,6 @@ def check_final(name: str) -> Final:
     raise UsageError(f"unknown --final {name!r}, expected threshold or sample")
 
 
-class _Sampled(torch.autograd.Function):
-    """weight * bits * factor; backward takes the sample for its probability."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, scores: torch.Tensor, weight: torch.Tensor, bits: torch.Tensor, factor: float
-    ) -> torch.Tensor:
-        # kept as attributes, not as saved tensors: one masked weight may serve several backwards
-        ctx.scores, ctx.weight, ctx.factor = scores, weight, factor
-        return apply_mask(weight, bits, factor)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
-        p = ctx.scores.sigmoid()
-        return gradient * ctx.weight * ctx.factor * p * (1 - p), None, None, None
-
-
 def apply_mask(weight: torch.Tensor, bits: torch.Tensor, factor: float = 1.0) -> torch.Tensor:
     """The weight where the bit is true and +0.0 elsewhere, times the factor; same shape."""
     kept = torch.where(bits, weight, torch.zeros((), dtype=weight.dtype, device=weight.device))
@@ -98,19 +82,33 @@ class SupermaskScores(Scores):
         super().__init__(tensor_name, scores)
         self.wish, self.rescales = wish, wish.rescale
 
-    def bits(self) -> torch.Tensor:
+    def bits(self, scores: torch.Tensor | None = None) -> torch.Tensor:
         """The fixed mask, of the scores' shape."""
-        scores = self.scores.detach()
+        values = (self.scores if scores is None else scores).detach()
         if self.wish.final == "sample":
-            return sampled_bits(scores, self.tensor_name, self.wish.seed)
-        return scores > 0
+            return sampled_bits(values, self.tensor_name, self.wish.seed)
+        return values > 0
 
-    def masked(self, weight: torch.Tensor) -> torch.Tensor:
-        """The weight under a sampled mask in training, under the fixed one in evaluation."""
-        scores = self.scores
-        bits = torch.rand_like(scores) < scores.sigmoid() if self.training else self.bits()
-        out: torch.Tensor = _Sampled.apply(scores, weight, bits, self._factor(bits))
-        return out
+    def choose(
+        self, scores: torch.Tensor, weight: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The weight under a sampled mask in training, under the fixed one in evaluation. Samples
+        come from torch's generator, whose state ``torch.utils.checkpoint`` brings back."""
+        sample = self.training
+        bits = torch.rand_like(scores) < scores.sigmoid() if sample else self.bits(scores)
+        factor = self._factor(bits)
+        return apply_mask(weight.detach(), bits, factor), torch.tensor(factor)
+
+    def gradient(
+        self,
+        gradient: torch.Tensor,
+        weight: torch.Tensor,
+        scores: torch.Tensor,
+        factor: torch.Tensor,
+    ) -> torch.Tensor:
+        """weight * bits * factor, with the bits taken for their probability."""
+        p = scores.sigmoid()
+        return gradient * weight * factor * p * (1 - p)
 
     def _factor(self, bits: torch.Tensor) -> float:
         return rescaling(bits) if self.wish.rescale else 1.0
