@@ -431,6 +431,7 @@ def test_a_file_without_architecture_and_one_too_large_are_refused(tmp_path: Pat
 
 def test_unknown_formats_are_refused_by_name(conv2_file: Path) -> None:
     from randsurgery.jobs.export import prepare
+    from randsurgery.jobs.sources import SourceSpec
 
     with pytest.raises(UsageError, match="dense, timm or onnx"):
-        prepare(str(conv2_file), None, kind="tflite", member=None, base=None, force=False)
+        prepare(SourceSpec(str(conv2_file)), None, kind="tflite", member=None, force=False)

@@ -29,6 +29,7 @@ from randsurgery.format.recipe import Member
 from randsurgery.format.specs import DatasetSpec, InputSpec
 from randsurgery.jobs import predict as job
 from randsurgery.jobs.inputs import DataOptions, look_for_file
+from randsurgery.jobs.sources import SourceSpec
 from randsurgery.surgery.modules import build
 from randsurgery.surgery.popup import Popup, attach
 from randsurgery.training import images as images_module
@@ -322,7 +323,7 @@ def test_odd_names_come_through_the_csv_whole(here: Path) -> None:
     found = rows(succeed("predict", "net.safetensors", "--top", 1, "--", *ODD).stdout)
     assert [row["path"] for row in found] == list(ODD)
     assert {row["class"] for row in found} <= set(NAMES)
-    plan = job.prepare("net.safetensors", ODD, DataOptions(), None)
+    plan = job.prepare(SourceSpec("net.safetensors"), ODD, DataOptions(), None)
     text = b"".join(job.lines(plan, job.Tally(), lambda *_: None, clean)).decode()
     assert all(line.isprintable() for line in text.splitlines())
     assert len(text.splitlines()) == 1 + len(ODD)
@@ -456,7 +457,7 @@ def test_eval_and_training_stop_at_an_image_that_cannot_be_read(broken: Path) ->
         (6, ("images", "-o", "there.csv"), "there.csv: exists already"),
         (6, ("images", "-o", "none/a.csv"), "none: no such folder"),
         (6, ("images", "-o", "net.safetensors", "--force"), "is read by this command"),
-        (2, ("images", "--device", "tpu"), "--device tpu"),
+        (2, ("images", "--device", "tpu"), "unknown --device 'tpu'"),
     ],
 )
 def test_a_clear_line_and_nothing_else(
@@ -488,7 +489,9 @@ def test_a_network_without_classes_or_of_odd_channels_is_refused(here: Path) -> 
 def test_a_full_disk_behind_stdout_is_one_line(
     here: Path, monkeypatch: pytest.MonkeyPatch, strict: bool
 ) -> None:
-    plan = job.prepare("net.safetensors", ["images"], DataOptions(), None, strict=strict)
+    plan = job.prepare(
+        SourceSpec("net.safetensors"), ["images"], DataOptions(), None, strict=strict
+    )
     with open("/dev/full", "w") as full:  # closing it flushes, as the interpreter does at its end
         monkeypatch.setattr(sys, "stdout", full)
         with pytest.raises(OutputError, match=r"cannot be written \(No space left on device\)"):
@@ -503,7 +506,7 @@ def test_lines_come_as_images_are_read(here: Path, monkeypatch: pytest.MonkeyPat
         return decode(file, mode)
 
     monkeypatch.setattr(images_module, "decode", counted)
-    plan = job.prepare("net.safetensors", ["images"], DataOptions(), None, batch_size=2)
+    plan = job.prepare(SourceSpec("net.safetensors"), ["images"], DataOptions(), None, batch_size=2)
     made: Iterator[bytes] = job.lines(plan, job.Tally(), lambda *_: None)
     assert next(made).startswith(b"path,class,probability")
     assert len(opened) == 2

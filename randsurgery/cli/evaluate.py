@@ -8,13 +8,19 @@ import typer
 
 from randsurgery.cli import common
 from randsurgery.cli.common import command, note, print_json
+from randsurgery.cli.options import (
+    FileOrDense,
+    NetworkOptions,
+    network_of,
+    takes_network_options,
+)
 
 
 @command
+@takes_network_options
 def evaluate(
-    file: Annotated[str, typer.Argument(metavar="FILE", help="A randsurgery file.")],
+    file: FileOrDense,
     member: Annotated[str | None, typer.Option(help="Which network of several.")] = None,
-    base: common.BaseOption = None,
     dataset: common.Dataset = None,
     data_dir: common.DataDir = None,
     dataset_download: common.Download = False,
@@ -57,6 +63,8 @@ def evaluate(
     config: common.Config = None,
     quiet: common.Quiet = False,
     verbose: common.Verbose = False,
+    *,
+    network: NetworkOptions,
 ) -> None:
     """Accuracy and loss on the test split, with the preprocessing recorded in the file."""
     from randsurgery.cli import render
@@ -65,19 +73,19 @@ def evaluate(
     from randsurgery.jobs.evaluate import run_eval
     from randsurgery.jobs.inputs import DataOptions
 
-    target = None
+    spec, target = network_of(file, network), None
     if confusion is not None:
         target = tables.check_target(confusion, force=force)
-        check_not_input(target, (file, base), option="--confusion")
+        check_not_input(target, spec.inputs, option="--confusion")
     data = DataOptions(
-        dataset, data_dir, dataset_download, img_size=img_size, crop_pct=crop_pct,
-        interpolation=interpolation, any_classes=any_classes, skip_bad=skip_bad,
+        dataset, data_dir, dataset_download, img_size=img_size,
+        in_chans=network.in_chans, crop_pct=crop_pct, interpolation=interpolation,
+        any_classes=any_classes, skip_bad=skip_bad,
     )  # fmt: skip
     found = run_eval(
-        file,
+        spec,
         data,
         member=member,
-        base=base,
         batch_size=batch_size or 256,
         workers=workers or 0,
         amp=bool(amp),
@@ -86,6 +94,8 @@ def evaluate(
         split=common.split_of(split),
     )
     result, shown = found.fixed, found.shown
+    for line in found.notes:
+        note(common.clean(line))
     common.say_shown(shown, "evaluating on digits", found.left_out, found.flattering)
     rows = tables.per_class(result.labels, result.said, found.names) if per_class else []
     if target is not None:

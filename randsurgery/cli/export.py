@@ -8,11 +8,18 @@ import typer
 
 from randsurgery.cli import common
 from randsurgery.cli.common import command, note, print_json, size
+from randsurgery.cli.options import (
+    FileOrDense,
+    NetworkOptions,
+    network_of,
+    takes_network_options,
+)
 
 
 @command
+@takes_network_options
 def export(
-    file: Annotated[str, typer.Argument(metavar="FILE", help="A randsurgery file.")],
+    file: FileOrDense,
     output: Annotated[
         str | None, typer.Option("-o", "--output", metavar="PATH", help="File, or folder for timm.")
     ] = None,
@@ -29,27 +36,32 @@ def export(
         typer.Option("--self-contained", help="Stay in this format, but embed the base's tensors."),
     ] = False,
     member: Annotated[str | None, typer.Option(help="Which network of several.")] = None,
-    base: common.BaseOption = None,
+    img_size: common.ImgSize = None,
     force: common.Force = False,
     dry_run: common.DryRun = False,
     json: common.Json = False,
     config: common.Config = None,
     quiet: common.Quiet = False,
     verbose: common.Verbose = False,
+    *,
+    network: NetworkOptions,
 ) -> None:
     """Write dense weights that plain timm or an ONNX runtime loads, no randsurgery needed."""
     from randsurgery.jobs import export as job
+    from randsurgery.jobs.inputs import DataOptions
 
     plan = job.prepare(
-        file,
+        network_of(file, network),
         output,
         kind="self-contained" if self_contained else format,
         member=member,
-        base=base,
         force=force,
+        options=DataOptions(img_size=img_size, in_chans=network.in_chans),
     )
     graph = plan.graph  # of an ONNX file
     with plan.checkpoint:
+        for line in plan.notes:
+            note(common.clean(line))
         if graph is not None:
             note(graph.note())
         if dry_run:

@@ -102,31 +102,61 @@ _OVERRIDES = (
 )  # fmt: skip
 
 
+FileOrDense = Annotated[
+    str,
+    typer.Argument(
+        metavar="FILE",
+        help="A randsurgery file; with --checkpoint or --pretrained a timm architecture.",
+    ),
+]
+
+
+@dataclass(frozen=True)
+class NetworkOptions:
+    """What every command takes that uses a network as it is: besides files, dense weights of an
+    architecture."""
+
+    checkpoint: common.CheckpointOption = None
+    pretrained: common.Pretrained = False
+    ema: common.EmaOption = False
+    base: common.BaseOption = None
+    num_classes: common.NumClasses = None
+    in_chans: common.InChans = None
+    width: common.Width = None
+    model_kwargs: common.ModelArgs = None
+
+
 def takes_run_options(*, without: tuple[str, ...] = ()) -> Callable[[F], F]:
     """Give a command the options of ``RunOptions``, which it receives as its argument ``run``;
     those named keep their defaults."""
-    return functools.partial(_with_run_options, without=without)
+    return functools.partial(_with_options, shared_by=RunOptions, name="run", without=without)
 
 
-def _with_run_options(function: F, without: tuple[str, ...]) -> F:
+def takes_network_options(function: F) -> F:
+    """Give a command the options of ``NetworkOptions``, which it receives as its argument
+    ``network``."""
+    return _with_options(function, NetworkOptions, "network", ())
+
+
+def _with_options(function: F, shared_by: type, name: str, without: tuple[str, ...]) -> F:
     hints = get_type_hints(function, include_extras=True)
-    shared = get_type_hints(RunOptions, include_extras=True)
-    fields = {f.name: f for f in dataclasses.fields(RunOptions) if f.name not in without}
-    own = [p for name, p in inspect.signature(function).parameters.items() if name != "run"]
+    shared = get_type_hints(shared_by, include_extras=True)
+    fields = {f.name: f for f in dataclasses.fields(shared_by) if f.name not in without}
+    own = [p for key, p in inspect.signature(function).parameters.items() if key != name]
     parameters = [p.replace(annotation=hints[p.name]) for p in own] + [
         inspect.Parameter(
-            name,
+            key,
             inspect.Parameter.KEYWORD_ONLY,
             default=field.default,
-            annotation=shared[name],
+            annotation=shared[key],
         )
-        for name, field in fields.items()
+        for key, field in fields.items()
     ]
 
     @functools.wraps(function)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
-        run = RunOptions(**{name: kwargs.pop(name) for name in fields})
-        return function(*args, **kwargs, run=run)
+        found = shared_by(**{key: kwargs.pop(key) for key in fields})
+        return function(*args, **kwargs, **{name: found})
 
     wrapped.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     wrapped.__annotations__ = {p.name: p.annotation for p in parameters}
@@ -148,6 +178,22 @@ def source_of(source: str, run: RunOptions, scaled_for: Any = None) -> SourceSpe
         ema=run.ema,
         base=run.base,
         args=common.model_arguments(run.model_kwargs, width=run.width),
+    )
+
+
+def network_of(name: str, given: NetworkOptions) -> SourceSpec:
+    """The network that is to be used: of a file, or an architecture's with dense weights."""
+    from randsurgery.jobs.sources import SourceSpec
+
+    return SourceSpec(
+        name=name,
+        pretrained=given.pretrained,
+        checkpoint=given.checkpoint,
+        ema=given.ema,
+        base=given.base,
+        args=common.model_arguments(
+            given.model_kwargs, num_classes=given.num_classes, width=given.width
+        ),
     )
 
 

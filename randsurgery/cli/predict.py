@@ -8,20 +8,27 @@ import typer
 
 from randsurgery.cli import common, predicting
 from randsurgery.cli.common import command
+from randsurgery.cli.options import (
+    FileOrDense,
+    NetworkOptions,
+    network_of,
+    takes_network_options,
+)
 
 
 @command
+@takes_network_options
 def predict(
-    file: Annotated[str, typer.Argument(metavar="FILE", help="A randsurgery file.")],
+    file: FileOrDense,
     images: predicting.Images = None,
     output: predicting.CsvOutput = None,
     top: predicting.Top = 5,
     strict: predicting.Strict = False,
     member: Annotated[str | None, typer.Option(help="Which network of several.")] = None,
-    base: common.BaseOption = None,
     dataset: common.Dataset = None,
     data_dir: common.DataDir = None,
     dataset_download: common.Download = False,
+    img_size: common.ImgSize = None,
     any_classes: common.AnyClasses = False,
     batch_size: common.BatchSize = None,
     workers: common.Workers = None,
@@ -32,6 +39,8 @@ def predict(
     config: common.Config = None,
     quiet: common.Quiet = False,
     verbose: common.Verbose = False,
+    *,
+    network: NetworkOptions,
 ) -> None:
     """Classes and probabilities of images, as CSV, with the preprocessing recorded in the file.
 
@@ -46,12 +55,18 @@ def predict(
     from randsurgery.jobs.inputs import DataOptions
 
     plan = job.prepare(
-        file,
+        network_of(file, network),
         images or [],
-        DataOptions(dataset, data_dir, dataset_download, any_classes=any_classes),
+        DataOptions(
+            dataset,
+            data_dir,
+            dataset_download,
+            img_size=img_size,
+            in_chans=network.in_chans,
+            any_classes=any_classes,
+        ),
         output,
         member=member,
-        base=base,
         top=top,
         batch_size=batch_size or 256,
         workers=workers or 0,

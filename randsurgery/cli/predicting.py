@@ -54,10 +54,11 @@ def work(plan: PredictPlan, file: str, output: str | None, *, json: bool) -> Non
 
 def _work(plan: PredictPlan, file: str, output: str | None, *, json: bool) -> None:
     from randsurgery.jobs import predict as job
+    from randsurgery.jobs.inputs import look_text
 
     for line in plan.notes:
-        note(line)
-    common.detail(f"{len(plan.data):,} images, shown as {job.look_text(plan.data.spec)}")
+        note(clean(line))
+    common.detail(f"{len(plan.data):,} images, shown as {look_text(plan.data.spec)}")
     tally = job.Tally()
     if output is None:
         _to_stdout(plan, tally)

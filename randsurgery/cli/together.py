@@ -198,15 +198,15 @@ def predict(
     """
     from randsurgery.jobs import predict as job
     from randsurgery.jobs.inputs import DataOptions
+    from randsurgery.jobs.sources import SourceSpec
 
     predicting.check_json(json, output)
     plan = job.prepare(
-        file,
+        SourceSpec(file, base=base),
         images or [],
         DataOptions(dataset, data_dir, dataset_download, any_classes=any_classes),
         output,
         together=job.Together(tuple(member) if member else None, engine),
-        base=base,
         top=top,
         batch_size=batch_size or 256,
         workers=workers or 0,

@@ -6,7 +6,6 @@ import statistics
 from dataclasses import dataclass
 from typing import Any
 
-from randsurgery.jobs.hub import local_file
 from randsurgery.jobs.inputs import (
     DataOptions,
     Shown,
@@ -15,7 +14,8 @@ from randsurgery.jobs.inputs import (
     pick_device,
     unfitted,
 )
-from randsurgery.surgery.bases import open_checkpoint
+from randsurgery.jobs.networks import open_network
+from randsurgery.jobs.sources import SourceSpec
 from randsurgery.surgery.ensembles import temperature
 from randsurgery.surgery.modules import build
 from randsurgery.surgery.supermask import Sampler
@@ -34,6 +34,7 @@ class Report:
     samples: tuple[Evaluation, ...] = ()
     left_out: int = 0  # images that the member's temperature was fitted on
     flattering: bool = False  # it was fitted on all of these images
+    notes: tuple[str, ...] = ()  # of how dense weights were read
 
     @property
     def mean(self) -> float:
@@ -68,11 +69,10 @@ class Report:
 
 
 def run_eval(
-    file: str,
+    network: SourceSpec,
     options: DataOptions,
     *,
     member: str | None = None,
-    base: str | None = None,
     batch_size: int = 256,
     workers: int = 0,
     amp: bool = False,
@@ -80,10 +80,10 @@ def run_eval(
     samples: int = 0,
     split: Part = "test",
 ) -> Report:
-    """Evaluate one member of a file on a split, with its recorded preprocessing; with
+    """Evaluate a network, of a file one member, on a split, with its recorded preprocessing; with
     ``samples``, as many sampled masks, too, from seeds 0, 1, ..."""
-    where, file = pick_device(device), local_file(file)
-    with open_checkpoint(file, base) as checkpoint:
+    where, notes = pick_device(device), list[str]()
+    with open_network(network, options, notes) as checkpoint:
         who = checkpoint.member(member)
         shown = open_split(checkpoint, who, options, where, workers, split)
         sampler = Sampler(checkpoint, who.name) if samples else None
@@ -106,4 +106,4 @@ def run_eval(
     names = who.classes or data.classes
     names = names if len(names) >= classes else tuple(str(label) for label in range(classes))
     left_out = len(data) - fixed.images
-    return Report(shown, fixed, names, tuple(found), left_out, bool(used.all()))
+    return Report(shown, fixed, names, tuple(found), left_out, bool(used.all()), tuple(notes))

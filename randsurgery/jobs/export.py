@@ -27,9 +27,11 @@ from randsurgery.format.fields import as_given
 from randsurgery.format.rebuild import payload_name
 from randsurgery.format.recipe import BaseSource, Member, MemberTensor, Recipe, StoredSource
 from randsurgery.format.writing import write_checkpoint
-from randsurgery.jobs.hub import PREFIX, local_file
+from randsurgery.jobs.hub import PREFIX
+from randsurgery.jobs.inputs import DataOptions
+from randsurgery.jobs.networks import open_network
 from randsurgery.jobs.onnx import Graph, plan_graph, write_graph
-from randsurgery.surgery.bases import open_checkpoint
+from randsurgery.jobs.sources import SourceSpec
 from randsurgery.surgery.zoo import zoo_names
 
 KINDS = ("dense", "timm", "onnx", "self-contained")
@@ -46,10 +48,17 @@ class Export:
     how_to_load: str
     force: bool
     graph: Graph | None = None  # of an ONNX file
+    notes: tuple[str, ...] = ()  # of how dense weights were read
 
 
 def prepare(
-    file: str, output: str | None, *, kind: str, member: str | None, base: str | None, force: bool
+    network: SourceSpec,
+    output: str | None,
+    *,
+    kind: str,
+    member: str | None,
+    force: bool,
+    options: DataOptions | None = None,
 ) -> Export:
     """Check input and target. Raises RandsurgeryError; writes nothing.
 
@@ -58,14 +67,14 @@ def prepare(
     if kind not in KINDS:
         raise UsageError(f"unknown --format {kind!r}, expected dense, timm or onnx")
     with contextlib.ExitStack() as stack:
-        path = local_file(file)
-        checkpoint = stack.enter_context(open_checkpoint(path, base))
+        notes: list[str] = []
+        checkpoint = stack.enter_context(open_network(network, options, notes))
         who = checkpoint.member(member)
         if kind != "self-contained":
             checkpoint = replace(checkpoint, recipe=checkpoint.recipe.seen_by(who))
         graph = plan_graph(checkpoint.recipe, who) if kind == "onnx" else None
-        target = _target(checkpoint, output, _stem(file), kind, force)
-        check_not_input(target, (path, base))
+        target = _target(checkpoint, output, _stem(network.name), kind, force)
+        check_not_input(target, network.inputs)
         if kind in ("dense", "timm") and who.head is not None and who.head.kind != "linear":
             raise IncompatibleError(
                 f"the classifier is fixed ({who.head.kind}): it normalises its input, which no "
@@ -73,7 +82,7 @@ def prepare(
             )
         load = _how_to_load(checkpoint.recipe, who, kind, target)
         stack.pop_all()
-    return Export(checkpoint, who, kind, target, load, force, graph)
+    return Export(checkpoint, who, kind, target, load, force, graph, tuple(notes))
 
 
 def _stem(file: str) -> str:

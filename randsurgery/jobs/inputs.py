@@ -173,13 +173,15 @@ def takes_img_size(model: ModelSpec, size: int) -> bool:
 @dataclass(frozen=True)
 class Shown:
     """The images that a file's network is shown. ``split``: which, for people ("test");
-    ``fell_back``: digits, since no dataset was given or recorded; ``told``: what was found."""
+    ``fell_back``: digits, since no dataset was given or recorded; ``told``: what was found;
+    ``assumed``: the preprocessing, where the network's file records none."""
 
     data: Data
     dataset: DatasetSpec
     split: Part
     fell_back: bool
     told: str
+    assumed: str = ""
 
 
 def open_split(
@@ -203,7 +205,38 @@ def open_split(
             f"choose another --dataset"
         )
     check_classes(data.classes, asked)
-    return Shown(data, dataset, part, fell_back, told)
+    _check_numbers(data, dataset, member, options)
+    assumed = "" if checkpoint.recipe.input_of(member) else look_text(data.spec)
+    return Shown(data, dataset, part, fell_back, told, assumed)
+
+
+def _check_numbers(data: Data, dataset: DatasetSpec, member: Member, options: DataOptions) -> None:
+    """Raises IncompatibleError for fewer classes than those of a network that names none and has
+    not been trained on this dataset: which of its outputs are meant is not known."""
+    classes = member.head.classes if member.head else 0
+    same = member.dataset is not None and member.dataset.name == dataset.name
+    if member.classes or same or options.any_classes or not 0 < len(data.classes) < classes:
+        return
+    raise IncompatibleError(
+        f"{dataset.name} has {len(data.classes)} classes and the network {classes} without names, "
+        "so that it is not known which are which; --any-classes takes them by their numbers"
+    )
+
+
+ASSUMED = "no preprocessing is recorded: using"
+
+
+def look_text(look: InputSpec) -> str:
+    """Preprocessing in words."""
+    height, width = look.size
+    mean, std = (
+        ", ".join(f"{float.fromhex(value):.4g}" for value in values)
+        for values in (look.mean, look.std)
+    )
+    return (
+        f"{height} x {width} pixels, {look.interpolation}, crop {float.fromhex(look.crop):.4g}, "
+        f"mean {mean}, deviation {std}"
+    )
 
 
 def describe(
@@ -224,7 +257,7 @@ def describe(
 def model_arguments(source: SourceSpec, look: InputSpec, classes: int) -> dict[str, ArgValue]:
     """The architecture's arguments for these images and classes."""
     args: dict[str, ArgValue] = {"num_classes": classes, **source.args}
-    if look.channels != 3:
+    if look.channels != 3 or source.checkpoint:  # which may be for others
         args["in_chans"] = look.channels
     arch, size = source.name.partition(".")[0], look.size[0]
     if "img_size" in args or size == native_size(arch):

@@ -19,10 +19,16 @@ from randsurgery.format.checkpoint import Checkpoint
 from randsurgery.format.container import check_not_input, check_output, write_atomically
 from randsurgery.format.members import members_named
 from randsurgery.format.recipe import Member
-from randsurgery.format.specs import InputSpec
-from randsurgery.jobs.hub import local_file
-from randsurgery.jobs.inputs import DataOptions, look_for_file, open_split, pick_device
-from randsurgery.surgery.bases import open_checkpoint
+from randsurgery.jobs.inputs import (
+    ASSUMED,
+    DataOptions,
+    look_for_file,
+    look_text,
+    open_split,
+    pick_device,
+)
+from randsurgery.jobs.networks import open_network
+from randsurgery.jobs.sources import SourceSpec
 from randsurgery.surgery.ensembles import Ensemble, check_engine, settled, temperature
 from randsurgery.surgery.modules import build
 from randsurgery.training.data import Data
@@ -93,14 +99,13 @@ class Tally:
 
 
 def prepare(
-    file: str,
+    network: SourceSpec,
     inputs: Sequence[str],
     options: DataOptions,
     output: str | None,
     *,
     member: str | None = None,
     together: Together | None = None,
-    base: str | None = None,
     top: int = 5,
     batch_size: int = 256,
     workers: int = 0,
@@ -116,13 +121,13 @@ def prepare(
     target = None if output is None else check_output(output, force=force)
     paths = find_images(inputs)
     if target is not None:
-        check_not_input(target, (file, base, *paths))
-    where, file = pick_device(device), local_file(file)
+        check_not_input(target, (*network.inputs, *paths))
+    where = pick_device(device)
+    notes: list[str] = []
     with contextlib.ExitStack() as stack:
-        checkpoint = stack.enter_context(open_checkpoint(file, base))
+        checkpoint = stack.enter_context(open_network(network, options, notes))
         who, model = _network(checkpoint, member, together, where)
         model = model.to(where)
-        notes = []
         if inputs:
             look = look_for_file(checkpoint.recipe, who, "folder", options)
             data, dataset = open_images(paths, look, where, workers), None
@@ -133,10 +138,12 @@ def prepare(
                 notes.append("no images given, no dataset given or recorded: using digits")
             notes += [shown.told] if shown.told else []
         if checkpoint.recipe.input_of(who) is None:
-            notes.append(f"the file records no preprocessing: using {look_text(data.spec)}")
+            notes.append(f"{ASSUMED} {look_text(data.spec)}")
         plain = model.backbone if isinstance(model, Ensemble) else model
         if getattr(plain, "num_classes", None) == 0:
-            raise IncompatibleError(f"{file}: the network has no classifier, so nothing to predict")
+            raise IncompatibleError(
+                f"{network.name}: the network has no classifier, so nothing to predict"
+            )
         if isinstance(model, Ensemble):
             stack.pop_all()  # members are read as they are needed
     return PredictPlan(
@@ -156,19 +163,6 @@ def _network(
     return (
         members_named(checkpoint, together.members)[0],
         Ensemble(checkpoint, together.members, engine=engine),
-    )
-
-
-def look_text(look: InputSpec) -> str:
-    """Preprocessing in words."""
-    height, width = look.size
-    mean, std = (
-        ", ".join(f"{float.fromhex(value):.4g}" for value in values)
-        for values in (look.mean, look.std)
-    )
-    return (
-        f"{height} x {width} pixels, {look.interpolation}, crop {float.fromhex(look.crop):.4g}, "
-        f"mean {mean}, deviation {std}"
     )
 
 

@@ -33,7 +33,7 @@ from randsurgery.surgery.checkpoints import (
     says_arch,
     unpruned,
 )
-from randsurgery.surgery.recipes import CONSTANTS, pruning_mask, with_classes
+from randsurgery.surgery.recipes import CONSTANTS, as_built, pruning_mask
 from randsurgery.surgery.roles import tensor_roles
 
 SCORES = ".scores"
@@ -111,7 +111,7 @@ def fit(base: Base, arch: str, args: Mapping[str, ArgValue]) -> Foreign:
     known = set(build_meta(spec).state_dict())
     plain = plain_names(base.names, lambda name: _known(name, known))
     ours = {_renamed(name, known): own for name, own in plain.own.items()}
-    spec = with_classes(spec, base, ours)
+    spec = as_built(spec, base, ours)
     shell = build_meta(spec)
     wanted = {name: tuple(tensor.shape) for name, tensor in shell.state_dict().items()}
     names = dict(plain.own)

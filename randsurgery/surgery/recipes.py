@@ -28,6 +28,7 @@ from randsurgery.format.recipe import (
 )
 from randsurgery.format.specs import HeadSpec, ModelSpec
 from randsurgery.format.tensors import RawTensor, hex_float
+from randsurgery.surgery.adaptation import adapt, stem_channels
 from randsurgery.surgery.architectures import (
     ArgValue,
     build_initialised,
@@ -38,7 +39,7 @@ from randsurgery.surgery.architectures import (
     spec_of,
 )
 from randsurgery.surgery.bases import Base
-from randsurgery.surgery.checkpoints import Own, match, plain_names
+from randsurgery.surgery.checkpoints import Matched, Own, match, plain_names
 from randsurgery.surgery.heads import last_layers
 from randsurgery.surgery.initialisers import (
     Init,
@@ -203,14 +204,15 @@ def make_recipe_on_base(
 ) -> Checkpoint:
     """A network whose tensors refer to a dense checkpoint, which its ``close`` closes.
 
-    Without ``num_classes`` in ``args`` it has as many classes as the base; a classifier of another
-    number of classes is drawn from the seed instead. What was pruned is the base under a mask.
+    Without ``num_classes`` and ``in_chans`` in ``args`` it has as many as the base; a classifier of
+    another number of classes is drawn from the seed instead, and what depends on the image's size
+    or channels is adapted as timm does and stored. What was pruned is the base under a mask.
     ``notes`` gets what the user is to know. Raises IncompatibleError, both ways: a tensor of the
     architecture that the base lacks or has in another shape, a tensor of the base that the
     architecture lacks.
     """
     scale_k = _checked(init, seed, scaled_for)
-    spec = with_classes(spec_of(name, dict(args or {})), base)
+    spec = as_built(spec_of(name, dict(args or {})), base)
     shell = build_meta(spec)
     state, roles = shell.state_dict(), tensor_roles(shell)
     heads = tuple(f"{name}." for name in classifier_names(shell))
@@ -219,15 +221,14 @@ def make_recipe_on_base(
     said = [*base.notes, *matched.notes]
     entries: dict[str, Entry] = {}
     payloads = Memory()
+    odd: list[str] = []
     for tensor_name, tensor in state.items():
         shape = tuple(tensor.shape)
         own = matched.own.get(tensor_name)
         found = None if own is None else base_entry(base, own, tensor_name, payloads)
         if found is not None and found.shape != shape and not tensor_name.startswith(heads):
-            raise IncompatibleError(
-                f"{file}: {tensor_name!r} is {list(found.shape)}, {name} needs {list(shape)}"
-            )
-        if found is None or found.shape != shape:
+            odd.append(tensor_name)
+        elif found is None or found.shape != shape:
             source = planned_source(roles[tensor_name], init, seed, scale_k)
             if source is None:
                 raise IncompatibleError(
@@ -240,28 +241,63 @@ def make_recipe_on_base(
                     "drawn anew"
                 )
             found = Entry(dtype=dtype, shape=shape, source=source)  # type: ignore[arg-type]
-        entries[tensor_name] = found
+        if found is not None:
+            entries[tensor_name] = found
+    if odd:
+        said.append(_adapt(spec, base, matched, odd, entries, payloads))
     if notes is not None:
         notes += said
     return _assemble(spec, entries, payloads, shell, {BASE: base})
 
 
-def with_classes(spec: ModelSpec, base: Base, names: Mapping[str, str] | None = None) -> ModelSpec:
-    """The architecture for as many classes as the base's classifier tells apart, unless it says
-    their number. ``names``: the base's own names by the architecture's, if they are known."""
-    if "num_classes" in spec.args:
+def _adapt(
+    spec: ModelSpec,
+    base: Base,
+    matched: Matched,
+    names: list[str],
+    entries: dict[str, Entry],
+    payloads: Memory,
+) -> str:
+    """The tensors of a base that have another shape here, adapted and stored whole; what there is
+    to say of it."""
+    first = list(entries[names[0]].shape)
+    for name, raw in adapt(spec, base, matched.own, names).items():
+        entries[name] = stored_entry(raw, payload_name(SHARED, name, "source"), payloads)
+    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    return (
+        f"{names[0]} is {first} in {base.file or base.origin}, {list(entries[names[0]].shape)} "
+        f"here{more}: adapted as timm does, kept whole"
+    )
+
+
+def as_built(spec: ModelSpec, base: Base, names: Mapping[str, str] | None = None) -> ModelSpec:
+    """The architecture for as many classes as the base's classifier tells apart and as many
+    channels as its stem takes, unless it says their numbers. ``names``: the base's own names by the
+    architecture's, if they are known."""
+    missing = {"num_classes", "in_chans"} - set(spec.args)
+    if not missing:
         return spec
     shell = build_meta(spec)
     if names is None:
         state = shell.state_dict()
         names = plain_names(base.names, state.__contains__).own
-    with contextlib.suppress(IncompatibleError):  # a classifier without such a layer
-        for place in last_layers(shell):
-            own = names.get(f"{place}.weight") or names.get(f"{place}.weight_orig")
-            if own is not None:
-                classes = base.tensors.read(own).shape[0]
-                return spec.model_copy(update={"args": {**spec.args, "num_classes": classes}})
-    return spec
+
+    def shape_of(name: str) -> tuple[int, ...] | None:
+        own = names.get(name) or names.get(f"{name}_orig")
+        return None if own is None else base.tensors.read(own).shape
+
+    found: dict[str, int] = {}
+    if "in_chans" in missing and (channels := stem_channels(spec, shell, shape_of)) not in (
+        None,
+        3,
+    ):
+        found["in_chans"] = channels
+    if "num_classes" in missing:
+        with contextlib.suppress(IncompatibleError):  # a classifier without such a layer
+            heads = (shape_of(f"{place}.weight") for place in last_layers(shell))
+            if (shape := next((shape for shape in heads if shape is not None), None)) is not None:
+                found["num_classes"] = shape[0]
+    return spec.model_copy(update={"args": {**spec.args, **found}})
 
 
 def base_entry(base: Base, own: Own, name: str, payloads: Memory) -> Entry:
