@@ -9,8 +9,8 @@ expected, what was found and the remedy, and carries the exit code of the comman
     ├── OutputError         6   disk or permission
     └── DivergedError       7   the loss became NaN or infinite
 
-Beside these the program ends with 0 (done), 1 (a comparison found differences) and
-130 (interrupted).
+Beside these the program ends with 0 (done), 1 (a comparison found differences), 70
+(a bug of ours) and 130 (interrupted).
 """
 
 from __future__ import annotations

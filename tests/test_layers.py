@@ -230,6 +230,7 @@ def test_reading_a_file_imports_no_torch(package: str) -> None:
 
 # where torch's global generators are used: always borrowed, never seeded for good
 BORROWED = {
+    "surgery.adaptation._loaded",
     "surgery.architectures.build_initialised",
     "surgery.bases.pretrained_base",
     "training.loop.fit",

@@ -216,7 +216,7 @@ def test_without_recorded_preprocessing_evals_fallback_is_taken_and_named(here: 
         (r := rs.read_recipe("bare.safetensors")), r.member(), "folder", DataOptions()
     )
     result = succeed("predict", "bare.safetensors", "images")
-    assert "records no preprocessing: using 32 x 32 pixels, bilinear, crop 1" in result.stderr
+    assert "no preprocessing is recorded: using 32 x 32 pixels, bilinear, crop 1" in result.stderr
     network(here / "told.safetensors", spec, None)
     told = succeed("predict", "told.safetensors", "images")
     assert told.stderr == ""

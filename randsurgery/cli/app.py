@@ -30,7 +30,8 @@ from randsurgery.cli import (
 
 EXIT_CODES = (
     "Exit codes: 0 done; 1 differences found; 2 usage; 3 unreadable or corrupt file; "
-    "4 incompatible parts; 5 data; 6 disk or permission; 7 diverged; 130 interrupted."
+    "4 incompatible parts; 5 data; 6 disk or permission; 7 diverged; 70 a bug of ours; "
+    "130 interrupted."
 )
 
 app = typer.Typer(
@@ -120,7 +121,7 @@ def main() -> None:
     except Exception as error:
         told = getattr(error, "format_message", None)
         if told is None:
-            raise
+            raise SystemExit(common.bug(error)) from None
         if message := told():  # without one, help was shown
             message = with_value(message, sys.argv[1:])
             path = getattr(getattr(error, "ctx", None), "command_path", "randsurgery")

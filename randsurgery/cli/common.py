@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 F = TypeVar("F", bound=Callable[..., Any])
 
 INTERRUPTED = 130
+BUG = 70
+"""As sysexits.h has it: an internal software error."""
 
 
 @dataclass
@@ -89,6 +91,23 @@ def size(count: float) -> str:
     raise AssertionError
 
 
+def bug(error: Exception) -> int:
+    """Tell of an error that nobody foresaw; its exit code. What ran out of memory is none of ours.
+
+    The parser's own exceptions are raised again.
+    """
+    if isinstance(error, (typer.Exit, typer.Abort)) or hasattr(error, "format_message"):
+        raise error
+    detail("".join(traceback.format_exception(error)))
+    said = str(error).strip().partition("\n")[0][:200]
+    if isinstance(error, MemoryError) or "out of memory" in said or "allocate memory" in said:
+        fail("out of memory; a smaller --batch-size, --img-size or network takes less")
+        return UsageError.exit_code
+    hint = "" if verbosity.level >= 2 else ", with what -v shows"
+    fail(f"a bug of ours ({type(error).__name__}: {said}); please report it{hint}")
+    return BUG
+
+
 def command(function: F) -> F:
     """Turn errors into one line on stderr and their exit code."""
 
@@ -113,6 +132,8 @@ def command(function: F) -> F:
             detail(traceback.format_exc())
             fail(f"the output cannot be written ({error.strerror or error})")
             raise typer.Exit(OutputError.exit_code) from None
+        except Exception as error:
+            raise typer.Exit(bug(error)) from None
 
     return wrapped  # type: ignore[return-value]
 

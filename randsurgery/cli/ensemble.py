@@ -28,7 +28,7 @@ def build(
         typer.Argument(
             metavar="SOURCE",
             help="With --members: an architecture, a plan or a file to start from. Without: "
-            "files, whose members are packed into one.",
+            "files of ours, whose members are packed into one, or dense weights (--arch).",
         ),
     ],
     members: Annotated[
@@ -39,7 +39,8 @@ def build(
         str | None,
         typer.Option(
             help="What each member learns: fc (classifier and norms), share (a slice of every "
-            "layer), full, popup (a mask). A plan says it itself.",
+            "layer), full, popup (a mask). A plan says it itself. Of files that are packed: full, "
+            "for those that share nothing.",
             rich_help_panel=options.ENSEMBLE,
         ),
     ] = None,
@@ -94,7 +95,7 @@ def build(
     *,
     run: RunOptions,
 ) -> None:
-    """Train N members that share one backbone, or pack files that share one.
+    """Train N members that share one backbone, or pack files into one.
 
     As in Section 4.3 of Rosenfeld & Tsotsos. Member i, from 0 on, trains with
     the seed --seed + i: an order, augmentation and scores of its own.
@@ -103,11 +104,12 @@ def build(
     from randsurgery.jobs.build import BuildPlan
 
     if members is None:
-        told = {"--kind": kind, "--share": share, "--k": k, "--warmup-epochs": warmup_epochs,
+        other = None if kind == "full" else kind
+        told = {"--kind": other, "--share": share, "--k": k, "--warmup-epochs": warmup_epochs,
                 "--reinit": reinit, "--resume": resume}  # fmt: skip
         if given := [option for option, value in told.items() if value] + _of_training(run):
             raise UsageError(f"{given[0]} goes with --members N, which trains; files are packed")
-        _pack(sources, name, arch, run)
+        _pack(sources, name, arch, run, whole=kind == "full")
         return
     if len(sources) != 1:
         raise UsageError(f"--members trains from one source, found {len(sources)}")
@@ -151,13 +153,15 @@ def _of_training(run: RunOptions) -> list[str]:
     return [f"--{name.replace('_', '-')}" for name in given]
 
 
-def _pack(files: list[str], names: list[str] | None, arch: str | None, run: RunOptions) -> None:
+def _pack(
+    files: list[str], names: list[str] | None, arch: str | None, run: RunOptions, *, whole: bool
+) -> None:
     from randsurgery.errors import UsageError
     from randsurgery.jobs.members import prepare_pack
 
     if len(files) == 1:
         raise UsageError("one source: pass --members N to train, or further files to pack")
-    incoming = _incoming(files, names, run.base, arch, run)
+    incoming = replace(_incoming(files, names, run.base, arch, run), whole=whole)
     change = prepare_pack(incoming, run.output, force=run.force)
     _change(change, run.dry_run, run.json)
 
@@ -173,7 +177,7 @@ def _incoming(
 
     args = common.model_arguments(run.model_kwargs, width=run.width) if run else {}
     ema = run.ema if run else False
-    return Incoming(tuple(files), tuple(names or ()), base, arch, ema, args)
+    return Incoming(tuple(files), tuple(names or ()), base, arch, ema=ema, args=args)
 
 
 def _change(change: Change, dry_run: bool, json: bool, word: str = "packed") -> None:

@@ -10,6 +10,7 @@ Modules import only those above them in this list:
     holdout   training images held out to validate on, and known again
     splits    which images it sees: splits, what is held out of them, their classes
     inputs    how it sees them: dataset, preprocessing, device
+    networks  a network to be used as it is: a file, or dense weights of an architecture
     settling  the settings of training: defaults under what was given
     records   what is written beside the weights: provenance, metrics, downloaded bases
     preparing  what a training job is told, checked

@@ -16,7 +16,7 @@ from randsurgery.errors import FileFormatError, IncompatibleError, UsageError
 from randsurgery.format.checkpoint import Checkpoint, is_safetensors, read_checkpoint
 from randsurgery.format.container import check_network, check_not_input
 from randsurgery.format.fields import SHARED
-from randsurgery.format.members import check_names, first_fault, pick, renamed
+from randsurgery.format.members import check_names, first_fault, pick, renamed, with_own
 from randsurgery.format.shards import files_behind
 from randsurgery.format.specs import ModelSpec
 from randsurgery.format.writing import finish, write_checkpoint
@@ -34,7 +34,8 @@ UNNAMED = "main"
 class Incoming:
     """Files whose members are to join. base: dense weights that files build on, or that dense files
     were fine-tuned from; those need ``arch`` and its ``args``, and with ``ema`` it is the average
-    of their weights that joins. names: of the members in order, instead of their own or their
+    of their weights that joins. whole: members have nothing in common, and each is kept whole, as
+    dense files are without a base. names: of the members in order, instead of their own or their
     files'."""
 
     files: tuple[str, ...]
@@ -42,6 +43,7 @@ class Incoming:
     base: str | None = None
     arch: str | None = None
     ema: bool = False
+    whole: bool = False
     args: dict[str, ArgValue] = field(default_factory=dict)
 
 
@@ -86,6 +88,11 @@ def prepare_pack(incoming: Incoming, output: str | None, *, force: bool) -> Chan
         _check_whole(found)
         stack.pop_all()
     moved = tuple(member.name for member in found.recipe.members)
+    if not found.recipe.tensors and not incoming.whole:
+        notes.append(
+            "without --base each member is kept whole; with the weights that they were fine-tuned "
+            "from, their differences from them"
+        )
     return Change(found, target, moved, tuple(notes))
 
 
@@ -104,6 +111,7 @@ def prepare_add(
         model = found.recipe.model
         if model is not None and incoming.arch is None:
             incoming = _for_model(incoming, model)
+        incoming = replace(incoming, whole=not found.recipe.tensors)
         before = {member.name for member in found.recipe.members}
         for part in _opened(incoming, target, stack, notes):
             found = joined(found, part)
@@ -188,6 +196,8 @@ def _opened(
     incoming: Incoming, target: Path, stack: contextlib.ExitStack, notes: list[str]
 ) -> list[Checkpoint]:
     """The files to join, their members under the names they are to have."""
+    if incoming.base is None and not any(_is_ours(one) for one in incoming.files):
+        incoming = replace(incoming, whole=True)
     parts = [_part(one, incoming, target, stack, notes) for one in incoming.files]
     names = [
         _stem(file) if len(part.recipe.members) == 1 and member.name == UNNAMED else member.name
@@ -210,20 +220,29 @@ def _opened(
 def _part(
     file: str, incoming: Incoming, target: Path, stack: contextlib.ExitStack, notes: list[str]
 ) -> Checkpoint:
-    """One file to join: of ours, or dense weights as differences from the base."""
+    """One file to join: of ours, or dense weights, as differences from the base if there is one."""
     path = local_file(file)
-    if is_safetensors(path) and not Path(path).is_dir() and holds_checkpoint(path):
-        return stack.enter_context(_open_file(path, incoming.base))
+    if _is_ours(path):
+        part = stack.enter_context(_open_file(path, incoming.base))
+        return with_own(part, part.recipe.tensors) if incoming.whole else part
     if not Path(path).exists():
         raise FileFormatError(f"{file}: no such file")
-    if incoming.base is None:
+    if incoming.base is None and not incoming.whole:
         raise IncompatibleError(
             f"{file} is a dense checkpoint; pass --base FILE, the weights it was fine-tuned from"
         )
     plan = ConvertPlan(path, incoming.arch, incoming.base, incoming.ema, dict(incoming.args))
     job = converted(plan, target)
     notes += [line for line in job.notes if line not in notes]
-    return finish(stack.enter_context(job.checkpoint))
+    made = finish(stack.enter_context(job.checkpoint))
+    return with_own(made, made.recipe.tensors) if incoming.whole else made
+
+
+def _is_ours(file: str) -> bool:
+    """True for a file of this format, wherever it lies."""
+    path = local_file(file)
+    here = is_safetensors(path) and Path(path).is_file()
+    return here and holds_checkpoint(path)
 
 
 def _for_model(incoming: Incoming, model: ModelSpec) -> Incoming:

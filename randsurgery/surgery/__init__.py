@@ -15,6 +15,7 @@ initialisers   the papers' weight distributions -> random sources
 pickles        what torch.save wrote, read without running a line of it
 checkpoints    what training programs write: where the weights lie, what stands before their names
 bases          dense checkpoints to build on, opened
+adaptation     dense weights for images of another size or other channels
 heads          fixed classifiers
 recipes        module -> recipe, on a base too
 plans          what is to be learned: fractions, layers, norms, the classifier

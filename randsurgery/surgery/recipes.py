@@ -287,10 +287,8 @@ def as_built(spec: ModelSpec, base: Base, names: Mapping[str, str] | None = None
         return None if own is None else base.tensors.read(own).shape
 
     found: dict[str, int] = {}
-    if "in_chans" in missing and (channels := stem_channels(spec, shell, shape_of)) not in (
-        None,
-        3,
-    ):
+    channels = stem_channels(spec, shell, shape_of) if "in_chans" in missing else None
+    if channels is not None and channels != 3:
         found["in_chans"] = channels
     if "num_classes" in missing:
         with contextlib.suppress(IncompatibleError):  # a classifier without such a layer
