@@ -197,7 +197,8 @@ def _check_alike(onto: Checkpoint, other: Checkpoint) -> None:
         if not alike:
             raise IncompatibleError(
                 f"{_name(other)} has another backbone: its {name} is {_words(there)}, in "
-                f"{_name(onto)} it is {_words(here)}; members share one backbone"
+                f"{_name(onto)} it is {_words(here)}; members share one backbone, or "
+                "each is kept whole (--kind full)"
             )
     raise IncompatibleError(
         f"{_name(other)} has another backbone ({second.backbone_id}) than {_name(onto)} "
