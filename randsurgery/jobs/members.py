@@ -80,6 +80,13 @@ def prepare_pack(incoming: Incoming, output: str | None, *, force: bool) -> Chan
     target = check_network(output or "ensemble.safetensors", force=force)
     check_not_input(target, _read_by(incoming))
     notes: list[str] = []
+    if incoming.base is None and not any(_is_ours(one) for one in incoming.files):
+        if not incoming.whole:
+            notes.append(
+                "without --base each member is kept whole; with the weights that they were "
+                "fine-tuned from, their differences from them"
+            )
+        incoming = replace(incoming, whole=True)
     with contextlib.ExitStack() as stack:
         parts = _opened(incoming, target, stack, notes)
         found = parts[0]
@@ -88,11 +95,6 @@ def prepare_pack(incoming: Incoming, output: str | None, *, force: bool) -> Chan
         _check_whole(found)
         stack.pop_all()
     moved = tuple(member.name for member in found.recipe.members)
-    if not found.recipe.tensors and not incoming.whole:
-        notes.append(
-            "without --base each member is kept whole; with the weights that they were fine-tuned "
-            "from, their differences from them"
-        )
     return Change(found, target, moved, tuple(notes))
 
 
@@ -196,8 +198,6 @@ def _opened(
     incoming: Incoming, target: Path, stack: contextlib.ExitStack, notes: list[str]
 ) -> list[Checkpoint]:
     """The files to join, their members under the names they are to have."""
-    if incoming.base is None and not any(_is_ours(one) for one in incoming.files):
-        incoming = replace(incoming, whole=True)
     parts = [_part(one, incoming, target, stack, notes) for one in incoming.files]
     names = [
         _stem(file) if len(part.recipe.members) == 1 and member.name == UNNAMED else member.name

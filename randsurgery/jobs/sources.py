@@ -185,6 +185,7 @@ def open_file(spec: SourceSpec, *, need_bases: bool = True) -> Checkpoint:
         "a seed of the weights": spec.seed is not None,
         "--pretrained": spec.pretrained,
         "--checkpoint": spec.checkpoint,
+        "--ema": spec.ema,
         "scaling for k": spec.scaled_for,
         **{f"the model argument {key}": True for key in spec.args},
     }

@@ -4,6 +4,7 @@ adapts them when it loads its own."""
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Collection, Mapping
 
 import timm
@@ -96,7 +97,8 @@ def _loaded(
     }
     args = {"in_chans": 3, **arguments_of(spec)}  # else it would be the overlay's
     try:
-        with borrowed(0):
+        with borrowed(0), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of torch about timm's own code
             model = timm.create_model(
                 spec.name, pretrained=True, pretrained_cfg_overlay=overlay, **args
             )
