@@ -690,7 +690,7 @@ def dense(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_dense_files_become_members_on_their_base(dense: Path) -> None:
     files = ("t1.safetensors", "t2.safetensors")
     with pytest.raises(
-        IncompatibleError, match=r"t1\.safetensors is a dense checkpoint; pass --base"
+        UsageError, match=r"t1\.safetensors is a dense checkpoint; pass --arch NAME, and --base"
     ):
         prepare_pack(Incoming(files), "e.safetensors", force=False)
     done(prepare_pack(Incoming(files, base="base.safetensors", arch="conv2", args=dict(ARGS)),

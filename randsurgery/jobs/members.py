@@ -231,6 +231,11 @@ def _part(
         raise IncompatibleError(
             f"{file} is a dense checkpoint; pass --base FILE, the weights it was fine-tuned from"
         )
+    if incoming.base is None and incoming.arch is None:
+        raise UsageError(
+            f"{file} is a dense checkpoint; pass --arch NAME, and --base FILE if it was fine-tuned "
+            "from other weights"
+        )
     plan = ConvertPlan(path, incoming.arch, incoming.base, incoming.ema, dict(incoming.args))
     job = converted(plan, target)
     notes += [line for line in job.notes if line not in notes]
