@@ -25,7 +25,8 @@ import torch
 from torch import nn
 
 from benchmarks.timing import in_turn, note, parser_for, report
-from randsurgery.format.checkpoint import Checkpoint, payload_names, read_checkpoint
+from randsurgery.format.checkpoint import Checkpoint, read_checkpoint
+from randsurgery.format.derivation import payload_names
 from randsurgery.format.members import graft, pick, renamed
 from randsurgery.format.recipe import MaskOverlay
 from randsurgery.format.specs import DatasetSpec, InputSpec

@@ -9,11 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from randsurgery.format.checkpoint import (
-    Checkpoint,
-    Memory,
-    read_checkpoint,
-)
+from randsurgery.format.checkpoint import Checkpoint, Memory, read_checkpoint
 from randsurgery.format.container import pack
 from randsurgery.format.writing import write_checkpoint
 from randsurgery.surgery.recipes import make_recipe

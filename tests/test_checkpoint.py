@@ -23,10 +23,10 @@ from randsurgery.format.checkpoint import (
     Memory,
     identity,
     parse_recipe,
-    payload_names,
     read_checkpoint,
 )
 from randsurgery.format.container import Container, pack, write_atomically
+from randsurgery.format.derivation import payload_names
 from randsurgery.format.generator import NORMAL_TABLE_SHA256, generate, stream_key
 from randsurgery.format.hadamard import hadamard_rows
 from randsurgery.format.recipe import Recipe

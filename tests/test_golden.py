@@ -20,14 +20,9 @@ from test_read_format import reader
 
 import randsurgery as rs
 from randsurgery.errors import FileFormatError
-from randsurgery.format.checkpoint import (
-    METADATA_KEY,
-    Checkpoint,
-    identity,
-    payload_names,
-    read_checkpoint,
-)
+from randsurgery.format.checkpoint import METADATA_KEY, Checkpoint, identity, read_checkpoint
 from randsurgery.format.container import Container
+from randsurgery.format.derivation import payload_names
 from randsurgery.format.recipe import MaskOverlay, RandomSource, Recipe, ScatterOverlay
 from randsurgery.format.tensors import DTYPES, RawTensor
 from randsurgery.format.writing import verify, write_checkpoint

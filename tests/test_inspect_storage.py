@@ -22,7 +22,7 @@ from surgery_helpers import save_dense
 from randsurgery.cli.tables import bar
 from randsurgery.errors import FileFormatError
 from randsurgery.format.container import Container, pack
-from randsurgery.format.rebuild import split_payload_name
+from randsurgery.format.derivation import split_payload_name
 from randsurgery.format.tensors import RawTensor
 from randsurgery.inspection.headers import MemberBytes
 from randsurgery.inspection.members import list_members

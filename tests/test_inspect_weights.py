@@ -33,7 +33,7 @@ from randsurgery.cli.app import app
 from randsurgery.errors import UsageError
 from randsurgery.format.checkpoint import Checkpoint, read_checkpoint
 from randsurgery.format.container import pack, write_atomically
-from randsurgery.format.rebuild import payload_name, read_mask, sentence
+from randsurgery.format.rebuild import read_mask
 from randsurgery.format.tensors import RawTensor, from_f32
 from randsurgery.inspection import moments, weight_files, weight_plots
 from randsurgery.inspection.grouping import block, fitting_depth
@@ -215,19 +215,20 @@ def test_values_far_from_zero_keep_their_variance(tmp_path: Path) -> None:
 
 def slow_labels(checkpoint: Checkpoint, member: Any, name: str) -> list[str]:
     """The part of every element, one after another, from the sentence."""
-    owner, entry, steps = sentence(checkpoint.recipe, member, name)
-    kinds = [overlay.kind for _, _, overlay in steps]
+    made = checkpoint.derivation(member, name)
+    owner, entry, steps = made.owner, made.entry, made.steps
+    kinds = [step.overlay.kind for step in steps]
     start = "fixed"
     if owner != "shared" and entry.source.kind in ("stored", "signs", "constant"):
         start = "learned"
     if entry.source.kind == "constant" and "scatter" in kinds:
         start = "masked"
     parts = [start] * entry.size
-    for who, index, overlay in steps:
+    for step in steps:
+        who, overlay = step.owner, step.overlay
         brought = "fixed" if who == "shared" else "learned"
         if overlay.kind in ("mask", "scatter"):
-            slot = payload_name(who, name, f"{index}.mask")
-            bits = read_mask(checkpoint.payloads, slot, overlay, entry.size).unpack()  # type: ignore[arg-type]
+            bits = read_mask(checkpoint.payloads, step, entry.size).unpack()
         for i in range(entry.size):
             if overlay.kind == "replace":
                 parts[i] = brought

@@ -29,8 +29,9 @@ from torch.nn.utils import parametrizations
 
 import randsurgery as rs
 from randsurgery.errors import FileFormatError, IncompatibleError, UsageError
-from randsurgery.format.checkpoint import Checkpoint, Memory, payload_names, read_checkpoint
+from randsurgery.format.checkpoint import Checkpoint, Memory, read_checkpoint
 from randsurgery.format.container import Container
+from randsurgery.format.derivation import payload_names
 from randsurgery.format.recipe import Member
 from randsurgery.inspection.storage import storage
 from randsurgery.jobs.export import self_contained

@@ -39,10 +39,7 @@ from test_checkpoint import (
 
 import randsurgery as rs
 from randsurgery.errors import FileFormatError, IncompatibleError
-from randsurgery.format.checkpoint import (
-    Memory,
-    read_checkpoint,
-)
+from randsurgery.format.checkpoint import Memory, read_checkpoint
 from randsurgery.format.container import Container
 from randsurgery.format.tensors import DTYPES, RawTensor
 from randsurgery.format.writing import write_checkpoint

@@ -14,7 +14,8 @@ Modules import only those above them in this list:
     recipe       the schema: sources, overlays, entries, members
     recognise    what a file is by its content, and what is no checkpoint
     container    safetensors headers and payloads, read strictly and written atomically
-    rebuild      recipe + payloads -> finished tensors
+    derivation   what makes one tensor: its source and steps, and where their payloads lie
+    rebuild      a derivation and its payloads -> a finished tensor
     checkpoint   a recipe with its payloads and bases: opened, read, rebuilt
     shards       weights in several files, folders of weights
     writing      a checkpoint to a file, and a file held against its digests

@@ -18,29 +18,23 @@ from pydantic import ValidationError
 from randsurgery.errors import FileFormatError, IncompatibleError, UsageError, near
 from randsurgery.format.canonical import canonical_json, strict_json
 from randsurgery.format.container import Container
-from randsurgery.format.generator import F32Array
-from randsurgery.format.rebuild import (
-    Payloads,
-    check_affordable,
+from randsurgery.format.derivation import (
+    SCORES,
+    Derivation,
+    derivation,
     payload_name,
-    read_payload,
-    rebuild_tensor,
+    payload_names,
 )
+from randsurgery.format.generator import F32Array
+from randsurgery.format.rebuild import Payloads, check_affordable, read_payload, rebuild
 from randsurgery.format.recipe import (
     FORMAT,
     VERSION,
     BaseSource,
     Entry,
-    MaskOverlay,
     Member,
-    Overlay,
     RandomSource,
     Recipe,
-    ReplaceOverlay,
-    ScatterOverlay,
-    SignsSource,
-    SliceOverlay,
-    StoredSource,
 )
 from randsurgery.format.tensors import DTYPES, RawTensor, claimed_bytes
 
@@ -89,18 +83,26 @@ class Checkpoint:
             raise UsageError(f"the file has no member {name!r}{known}") from None
 
     def tensor(self, name: str, member: str | None = None) -> RawTensor:
-        """One finished tensor, rebuilt from its sentence."""
+        """One finished tensor."""
         return self.rebuild(self.member(member), name)
+
+    def derivation(self, member: Member, name: str) -> Derivation:
+        """What makes one tensor of a member."""
+        return derivation(self.recipe, member, name)
 
     def scores(self, name: str, member: str | None = None) -> npt.NDArray[np.float32]:
         """The popup scores of one tensor, in its shape. Raises KeyError if none were kept."""
         who = self.member(member)
-        slot, shape = payload_name(who.name, name, "scores"), self.recipe.resolved(who, name).shape
+        slot, shape = payload_name(who.name, name, SCORES), self.recipe.resolved(who, name).shape
         return read_payload(self.payloads, slot, who.scores[name], dtype="F32", shape=shape)
 
     def rebuild(self, member: Member, name: str, out: F32Array | None = None) -> RawTensor:
         """One finished tensor; ``out``, shape (size,), is room for a random source."""
-        return rebuild_tensor(self.recipe, member, name, self.payloads, self._base_tensor, out)
+        return self.made(self.derivation(member, name), out)
+
+    def made(self, what: Derivation, out: F32Array | None = None) -> RawTensor:
+        """What a derivation makes of the payloads and bases; ``out`` as for ``rebuild``."""
+        return rebuild(what, self.payloads, self._base_tensor, out)
 
     def _base_tensor(self, base: str, name: str) -> RawTensor:
         if base not in self.bases:
@@ -224,56 +226,6 @@ def identity(names: Iterable[str], tensors: Payloads) -> str:
         sha.update(canonical_json([name, tensor.dtype, list(tensor.shape)]) + b"\0")
         sha.update(tensor.array.reshape(-1).view("u1").data)
     return sha.hexdigest()[:32]
-
-
-# --- which payloads a recipe needs ---------------------------------------------------------------
-
-
-def step_payloads(name: str, owner: str, index: int, overlay: Overlay) -> list[str]:
-    """The payload names of one step of a tensor's sentence."""
-    slots = (slot.partition(".")[2] for slot, _ in overlay_slots((overlay,)))
-    return [payload_name(owner, name, f"{index}.{slot}") for slot in slots]
-
-
-def overlay_slots(overlays: tuple[Overlay, ...]) -> Iterator[tuple[str, str]]:
-    """(slot, digest) of every payload that one owner's overlays of a tensor need."""
-    for index, overlay in enumerate(overlays):
-        if isinstance(overlay, (MaskOverlay, ScatterOverlay)):
-            yield f"{index}.mask", overlay.digest
-        if isinstance(overlay, ScatterOverlay):
-            yield f"{index}.values", overlay.values_digest
-        if isinstance(overlay, SliceOverlay):
-            yield f"{index}.slice", overlay.digest
-        if isinstance(overlay, ReplaceOverlay):
-            yield f"{index}.tensor", overlay.digest
-
-
-def entry_slots(entry: Entry) -> Iterator[tuple[str, str]]:
-    """(slot, digest) of every payload that an entry needs."""
-    if isinstance(entry.source, (StoredSource, SignsSource)):
-        yield "source", entry.source.digest
-    yield from overlay_slots(entry.overlays)
-
-
-def payload_digests(recipe: Recipe, owner: str | None = None) -> Iterator[tuple[str, str]]:
-    """(name, digest) of all payloads, or of those that ``owner`` ("shared" or a member) brings."""
-    for who, name, entry in recipe.entries():
-        if owner in (None, who):
-            for slot, expected in entry_slots(entry):
-                yield payload_name(who, name, slot), expected
-    for member in recipe.members:
-        if owner not in (None, member.name):
-            continue
-        for name, own in member.tensors.items():
-            for slot, expected in overlay_slots(own.overlays):
-                yield payload_name(member.name, name, slot), expected
-        for name, expected in member.scores.items():
-            yield payload_name(member.name, name, "scores"), expected
-
-
-def payload_names(recipe: Recipe, owner: str | None = None) -> Iterator[str]:
-    """The names of all payloads, or of those that ``owner`` ("shared" or a member) brings."""
-    return (name for name, _ in payload_digests(recipe, owner))
 
 
 # --- reading -------------------------------------------------------------------------------------

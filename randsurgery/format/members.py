@@ -11,15 +11,16 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from randsurgery.errors import FileFormatError, IncompatibleError, UsageError
-from randsurgery.format.checkpoint import (
-    Checkpoint,
-    entry_slots,
-    overlay_slots,
+from randsurgery.format.checkpoint import Checkpoint
+from randsurgery.format.derivation import (
+    derivation,
     payload_digests,
+    payload_name,
     payload_names,
+    split_payload_name,
 )
 from randsurgery.format.fields import SHARED, as_given, check_member_name
-from randsurgery.format.rebuild import Payloads, payload_name, read_payload, split_payload_name
+from randsurgery.format.rebuild import Payloads, read_payload
 from randsurgery.format.recipe import (
     BaseRef,
     BaseSource,
@@ -124,9 +125,9 @@ def with_own(checkpoint: Checkpoint, names: Collection[str]) -> Checkpoint:
     for member in recipe.members:
         tensors = dict(member.tensors)
         for name in moved:
-            shared, own = recipe.tensors[name], tensors.get(name)
+            own = tensors.get(name)
             if own is None or own.entry is None:
-                tensors[name] = _owned(member.name, name, shared, own, places)
+                tensors[name] = _owned(recipe, member, name, places)
         members.append(member.model_copy(update={"tensors": dict(sorted(tensors.items()))}))
     rest = {name: entry for name, entry in recipe.tensors.items() if name not in moved}
     update: dict[str, Any] = {"tensors": rest, "members": tuple(members), "backbone_id": None}
@@ -136,24 +137,16 @@ def with_own(checkpoint: Checkpoint, names: Collection[str]) -> Checkpoint:
 
 
 def _owned(
-    owner: str,
-    name: str,
-    shared: Entry,
-    own: MemberTensor | None,
-    places: dict[str, tuple[Payloads, str]],
+    recipe: Recipe, member: Member, name: str, places: dict[str, tuple[Payloads, str]]
 ) -> MemberTensor:
     """A shared entry with the member's overlays as the member's own entry; ``places`` learns where
     its payloads lie."""
-    added = () if own is None else own.overlays
-    before = len(shared.overlays)
-    lying = {slot: places[payload_name(SHARED, name, slot)] for slot, _ in entry_slots(shared)}
-    for slot, _ in overlay_slots(added):
-        index, _, leaf = slot.partition(".")
-        lying[f"{int(index) + before}.{leaf}"] = places[payload_name(owner, name, slot)]
-    places |= {payload_name(owner, name, slot): place for slot, place in lying.items()}
-    digest = shared.digest if own is None else own.digest
-    update = {"overlays": (*shared.overlays, *added), "digest": digest}
-    return MemberTensor(entry=shared.model_copy(update=update))
+    made, own = derivation(recipe, member, name), member.tensors.get(name)
+    moved = made.moved(member.name)
+    lying = [places[before] for before, _ in made.payloads]
+    places |= {after: lie for (after, _), lie in zip(moved.payloads, lying, strict=True)}
+    digest = made.entry.digest if own is None else own.digest
+    return MemberTensor(entry=moved.entry.model_copy(update={"digest": digest}))
 
 
 def graft(onto: Checkpoint, other: Checkpoint) -> Checkpoint:

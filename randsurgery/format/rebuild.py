@@ -1,4 +1,4 @@
-"""Recipe and payloads -> finished tensors, one tensor at a time.
+"""Derivation and payloads -> a finished tensor.
 
 Each source makes an array, each overlay changes it in place. A tensor depends on its own entry
 alone, so tensors may be rebuilt in any order and on any number of threads.
@@ -12,11 +12,12 @@ from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
+from typing_extensions import assert_never
 
 from randsurgery.errors import FileFormatError, IncompatibleError
 from randsurgery.format import masks
 from randsurgery.format.canonical import digest
-from randsurgery.format.fields import SHARED
+from randsurgery.format.derivation import SOURCE, Derivation, Step, payload_name
 from randsurgery.format.generator import expand_signs, generate
 from randsurgery.format.hadamard import hadamard_rows
 from randsurgery.format.recipe import (
@@ -25,10 +26,7 @@ from randsurgery.format.recipe import (
     Entry,
     HadamardSource,
     MaskOverlay,
-    Member,
-    Overlay,
     RandomSource,
-    Recipe,
     ReplaceOverlay,
     ScaleOverlay,
     ScatterOverlay,
@@ -58,25 +56,11 @@ class Payloads(Protocol):
 BaseLookup = Callable[[str, str], RawTensor]
 """(base id, tensor name) -> the base's tensor."""
 
-Step = tuple[str, int, Overlay]
-
 _PHYSICAL = (
     os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if "SC_PHYS_PAGES" in getattr(os, "sysconf_names", {})
     else 1 << 36
 )
-
-
-def payload_name(owner: str, tensor: str, slot: str) -> str:
-    """The safetensors name of a payload."""
-    return f"{owner}/{tensor}/{slot}"
-
-
-def split_payload_name(name: str) -> tuple[str, str, str]:
-    """(owner, tensor, slot); a tensor's name may hold slashes, the other two may not."""
-    owner, _, rest = name.partition("/")
-    tensor, _, slot = rest.rpartition("/")
-    return owner, tensor, slot
 
 
 def check_affordable(total: int, what: str) -> None:
@@ -117,10 +101,10 @@ def read_payload(
     return tensor.array
 
 
-def read_mask(
-    payloads: Payloads, name: str, overlay: MaskOverlay | ScatterOverlay, size: int
-) -> masks.Mask:
-    """The mask of an overlay over a tensor of ``size`` elements."""
+def read_mask(payloads: Payloads, step: Step, size: int) -> masks.Mask:
+    """The mask of a step over a tensor of ``size`` elements."""
+    overlay, name = step.mask, step.payload("mask")
+    assert overlay is not None
     check_affordable(size, name)  # a byte an element while it is decoded
     data = read_payload(payloads, name, overlay.digest, dtype="U8")
     if data.ndim != 1:
@@ -195,19 +179,17 @@ def _masked_random(
 
 
 def _source(
-    entry: Entry,
-    owner: str,
-    name: str,
+    made: Derivation,
     payloads: Payloads,
     bases: BaseLookup,
     out: npt.NDArray[np.float32] | None,
 ) -> npt.NDArray[Any]:
     """A fresh array of the entry's storage dtype and shape."""
-    source = entry.source
+    entry, name, source = made.entry, made.tensor, made.source
     if isinstance(source, ConstantSource):
         return _constant(entry, source, name)
     if isinstance(source, StoredSource):
-        slot = payload_name(owner, name, "source")
+        slot = payload_name(made.owner, name, SOURCE)
         return read_payload(payloads, slot, source.digest, dtype=entry.dtype, shape=entry.shape)
     if isinstance(source, BaseSource):
         found = bases(source.base, source.tensor)
@@ -224,17 +206,18 @@ def _source(
     values = np.empty(entry.size, dtype=np.float32)
     scale = _float32_of(source.scale, name)
     if isinstance(source, SignsSource):
-        slot, size = payload_name(owner, name, "source"), -(-entry.size // 8)
+        slot, size = payload_name(made.owner, name, SOURCE), -(-entry.size // 8)
         packed = read_payload(payloads, slot, source.digest, dtype="U8", shape=(size,))
         if entry.size % 8 and packed[-1] >> (entry.size % 8):
             raise FileFormatError(f"{name}: the padding bits of the signs are not 0")
         expand_signs(packed, scale, values)
-    else:
-        assert isinstance(source, HadamardSource)
+    elif isinstance(source, HadamardSource):
         if len(entry.shape) != 2:
             raise FileFormatError(f"{name}: a hadamard source makes matrices, not {entry.shape}")
         rows = hadamard_rows(*entry.shape)
         np.multiply(rows.reshape(-1), np.float32(scale), out=values)
+    else:
+        assert_never(source)
     return from_f32(entry.dtype, values).reshape(entry.shape)
 
 
@@ -249,16 +232,13 @@ def _scaled(
     return from_f32(entry.dtype, values).reshape(entry.shape)
 
 
-def _slice(
-    entry: Entry, overlay: SliceOverlay, slot: str, name: str, payloads: Payloads
-) -> tuple[tuple[slice, ...], npt.NDArray[Any]]:
+def sliced(entry: Entry, overlay: SliceOverlay, name: str) -> tuple[slice, ...]:
+    """Where a slice lies in its tensor. Raises FileFormatError if that has no such place."""
     if overlay.dim >= len(entry.shape) or overlay.count > entry.shape[overlay.dim]:
         raise FileFormatError(
             f"{name}: no slice of {overlay.count} along dim {overlay.dim} in {list(entry.shape)}"
         )
-    shape = (*entry.shape[: overlay.dim], overlay.count, *entry.shape[overlay.dim + 1 :])
-    part = read_payload(payloads, slot, overlay.digest, dtype=entry.dtype, shape=shape)
-    return (*[slice(None)] * overlay.dim, slice(overlay.count)), part
+    return (*[slice(None)] * overlay.dim, slice(overlay.count))
 
 
 def _writeable(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
@@ -267,114 +247,99 @@ def _writeable(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
 
 
 def _apply(
-    entry: Entry,
-    overlay: Overlay,
-    slot: str,
-    name: str,
-    array: npt.NDArray[Any],
-    payloads: Payloads,
+    entry: Entry, step: Step, array: npt.NDArray[Any], payloads: Payloads
 ) -> npt.NDArray[Any]:
-    """The array after one overlay; changed in place where the overlay allows it."""
+    """The array after one step; changed in place where its overlay allows it."""
+    overlay, name = step.overlay, step.tensor
     if isinstance(overlay, ReplaceOverlay):
-        return read_payload(
-            payloads, slot + "tensor", overlay.digest, dtype=entry.dtype, shape=entry.shape
-        )
+        slot = step.payload("tensor")
+        return read_payload(payloads, slot, overlay.digest, dtype=entry.dtype, shape=entry.shape)
     if isinstance(overlay, ScaleOverlay):
         return _scaled(entry, overlay, array, name)
     if isinstance(overlay, SliceOverlay):
-        where, value = _slice(entry, overlay, slot + "slice", name, payloads)
+        where, slot = sliced(entry, overlay, name), step.payload("slice")
+        shape = (*entry.shape[: overlay.dim], overlay.count, *entry.shape[overlay.dim + 1 :])
+        part = read_payload(payloads, slot, overlay.digest, dtype=entry.dtype, shape=shape)
         array = _writeable(array)
-        array[where] = value
+        array[where] = part
         return array
     array = _writeable(array)
-    mask = read_mask(payloads, slot + "mask", overlay, entry.size)
+    mask = read_mask(payloads, step, entry.size)
     if isinstance(overlay, MaskOverlay):
         masks.select(as_words(array), mask)
-        return array
-    values = read_payload(
-        payloads,
-        slot + "values",
-        overlay.values_digest,
-        dtype=entry.dtype,
-        shape=(overlay.count,),
-    )
-    masks.scatter(as_words(array), mask, as_words(values))
+    elif isinstance(overlay, ScatterOverlay):
+        slot, expected = step.payload("values"), overlay.values_digest
+        shape = (overlay.count,)
+        values = read_payload(payloads, slot, expected, dtype=entry.dtype, shape=shape)
+        masks.scatter(as_words(array), mask, as_words(values))
+    else:
+        assert_never(overlay)
     return array
 
 
-def sentence(recipe: Recipe, member: Member, name: str) -> tuple[str, Entry, list[Step]]:
-    """(owner of the source, entry, steps): what makes one tensor of one member.
-
-    A step is (owner, index, overlay); the index counts within the owner's own overlays.
-    """
-    own = member.tensors.get(name)
-    if own is not None and own.entry is not None:
-        owner, entry = member.name, own.entry
-    else:
-        owner, entry = SHARED, recipe.tensors[name]
-    steps = [(owner, index, overlay) for index, overlay in enumerate(entry.overlays)]
-    if own is not None:
-        steps += [(member.name, index, overlay) for index, overlay in enumerate(own.overlays)]
-    return owner, entry, steps
-
-
-def needed_steps(steps: list[Step]) -> list[Step]:
-    """The steps from the last replacement on: what comes before it leaves no trace."""
-    last = max((i for i, s in enumerate(steps) if isinstance(s[2], ReplaceOverlay)), default=0)
-    return steps[last:]
-
-
-def rebuild_tensor(
-    recipe: Recipe,
-    member: Member,
-    name: str,
+def rebuild(
+    made: Derivation,
     payloads: Payloads,
     bases: BaseLookup,
     out: npt.NDArray[np.float32] | None = None,
 ) -> RawTensor:
-    """One finished tensor of one member. ``out``, shape (size,), is room for a random source.
+    """The finished tensor. ``out``, shape (size,), is room for a random source.
 
     Raises FileFormatError (a payload that is missing, misshapen or corrupt) or
     IncompatibleError (a base that does not fit, more memory than the machine has).
     """
     with np.errstate(all="ignore"):  # overflow to infinity is the format's meaning, not a fault
-        return _rebuilt(recipe, member, name, payloads, bases, out)
-
-
-def _random_then_mask(
-    entry: Entry, steps: list[Step]
-) -> tuple[RandomSource, tuple[str, int, MaskOverlay]] | None:
-    """Source and first step, if they are an F32 random source and a mask."""
-    if entry.dtype != "F32" or not isinstance(entry.source, RandomSource) or not steps:
-        return None
-    owner, index, overlay = steps[0]
-    if not isinstance(overlay, MaskOverlay):
-        return None
-    return entry.source, (owner, index, overlay)
+        return _rebuilt(made.needed(), payloads, bases, out)
 
 
 def _rebuilt(
-    recipe: Recipe,
-    member: Member,
-    name: str,
+    made: Derivation,
     payloads: Payloads,
     bases: BaseLookup,
     out: npt.NDArray[np.float32] | None,
 ) -> RawTensor:
-    owner, entry, steps = sentence(recipe, member, name)
-    check_affordable(claimed_bytes(entry.dtype, entry.shape), name)
-    steps = needed_steps(steps)
-    if steps and isinstance(steps[0][2], ReplaceOverlay):
+    entry, steps = made.entry, made.steps
+    check_affordable(claimed_bytes(entry.dtype, entry.shape), made.tensor)
+    first = steps[0].overlay if steps else None
+    if isinstance(first, ReplaceOverlay):
         array: npt.NDArray[Any] = np.empty(0)  # replaced by the first step
-    elif (fused := _random_then_mask(entry, steps)) is not None:
-        source, (mask_owner, mask_index, mask_overlay) = fused
-        slot = payload_name(mask_owner, name, f"{mask_index}.mask")
-        mask = read_mask(payloads, slot, mask_overlay, entry.size)
-        array = _masked_random(entry, source, name, mask, out).reshape(entry.shape)
+    elif (
+        entry.dtype == "F32"
+        and isinstance(made.source, RandomSource)
+        and (isinstance(first, MaskOverlay))
+    ):
+        mask = read_mask(payloads, steps[0], entry.size)
+        array = _masked_random(entry, made.source, made.tensor, mask, out).reshape(entry.shape)
         steps = steps[1:]
     else:
-        array = _source(entry, owner, name, payloads, bases, out)
-    for step_owner, index, overlay in steps:
-        slot = payload_name(step_owner, name, f"{index}.")
-        array = _apply(entry, overlay, slot, name, array, payloads)
+        array = _source(made, payloads, bases, out)
+    for step in steps:
+        array = _apply(entry, step, array, payloads)
     return RawTensor(entry.dtype, array)
+
+
+def kept(made: Derivation, payloads: Payloads) -> masks.Mask | None:
+    """The positions that masks keep, scatters fill and slices overwrite; None if there is neither
+    mask nor scatter.
+
+    Scatters alone count from nothing: over zeros they are what is left of the tensor, over a base
+    what differs from it. Only payloads of masks are read. Raises FileFormatError.
+    """
+    made = made.needed()
+    if not made.masks:
+        return None
+    entry = made.entry
+    check_affordable(entry.size, made.tensor)
+    whole = any(isinstance(mask, MaskOverlay) for _, mask in made.masks) and not made.from_zero
+    bits = np.full(entry.size, whole)
+    for step in made.steps:
+        overlay = step.overlay
+        if isinstance(overlay, MaskOverlay):
+            bits &= read_mask(payloads, step, entry.size).unpack()
+        elif isinstance(overlay, ScatterOverlay):
+            bits |= read_mask(payloads, step, entry.size).unpack()
+        elif isinstance(overlay, SliceOverlay):
+            bits.reshape(entry.shape)[sliced(entry, overlay, made.tensor)] = True
+        elif not isinstance(overlay, (ReplaceOverlay, ScaleOverlay)):
+            assert_never(overlay)
+    return masks.Mask.of(bits)

@@ -12,30 +12,21 @@ from typing import Any
 
 from randsurgery.errors import FileFormatError, IncompatibleError
 from randsurgery.format.canonical import canonical_json, digest
-from randsurgery.format.checkpoint import (
-    METADATA_KEY,
-    Checkpoint,
-    in_threads,
-    parse_recipe,
+from randsurgery.format.checkpoint import METADATA_KEY, Checkpoint, in_threads, parse_recipe
+from randsurgery.format.container import Container, check_output, pack, write_atomically
+from randsurgery.format.derivation import (
     payload_digests,
     payload_names,
-)
-from randsurgery.format.container import Container, check_output, pack, write_atomically
-from randsurgery.format.fields import SHARED
-from randsurgery.format.rebuild import (
-    Payloads,
-    payload_name,
-    read_mask,
-    read_payload,
     split_payload_name,
+    steps_of,
 )
+from randsurgery.format.fields import SHARED
+from randsurgery.format.rebuild import Payloads, read_mask, read_payload
 from randsurgery.format.recipe import (
     Entry,
-    MaskOverlay,
     Member,
     MemberTensor,
     Recipe,
-    ScatterOverlay,
 )
 
 
@@ -45,12 +36,11 @@ def backbone_id(recipe: Recipe, payloads: Payloads) -> str:
     rows = []
     for name, entry in sorted(recipe.tensors.items()):
         overlays = []
-        for index, overlay in enumerate(entry.overlays):
-            part = overlay.to_json()
-            if isinstance(overlay, (MaskOverlay, ScatterOverlay)):
-                slot = payload_name(SHARED, name, f"{index}.mask")
+        for step in steps_of(SHARED, name, entry.overlays):
+            part = step.overlay.to_json()
+            if step.mask is not None:
                 del part["encoding"]
-                part["digest"] = digest(read_mask(payloads, slot, overlay, entry.size).packed)
+                part["digest"] = digest(read_mask(payloads, step, entry.size).packed)
             overlays.append(part)
         source = recipe.source_facts(name, entry)
         rows.append([name, entry.dtype, list(entry.shape), source, overlays])

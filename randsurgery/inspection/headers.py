@@ -13,14 +13,9 @@ from typing import Literal
 
 from randsurgery.errors import FileFormatError
 from randsurgery.format.canonical import canonical_json
-from randsurgery.format.checkpoint import (
-    METADATA_KEY,
-    is_checkpoint,
-    parse_recipe,
-    payload_names,
-)
+from randsurgery.format.checkpoint import METADATA_KEY, is_checkpoint, parse_recipe
 from randsurgery.format.container import Container, TensorInfo
-from randsurgery.format.rebuild import sentence
+from randsurgery.format.derivation import payload_names
 from randsurgery.format.recipe import BaseRef, Member, Recipe
 from randsurgery.format.shards import bytes_behind, is_index, open_shards
 from randsurgery.format.tensors import RawTensor, byte_count
@@ -154,7 +149,7 @@ def member_bytes(recipe: Recipe, member: Member, infos: Mapping[str, TensorInfo]
     """What a member takes of a file with these payloads."""
     names = list(payload_names(recipe, member.name))
     payload = sum(infos[name].stop - infos[name].start for name in names)
-    entries = (sentence(recipe, member, name)[1] for name in recipe.tensor_names(member))
+    entries = (recipe.resolved(member, name) for name in recipe.tensor_names(member))
     return MemberBytes(
         name=member.name,
         bytes=payload + _header_text(member, names, infos),

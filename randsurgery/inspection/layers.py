@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from randsurgery.format.container import TensorInfo
-from randsurgery.format.rebuild import needed_steps, sentence
+from randsurgery.format.derivation import derivation, entry_derivation
 from randsurgery.format.recipe import (
     Entry,
     Learned,
@@ -89,7 +89,8 @@ def _is_buffer(name: str, dtype: str) -> bool:
 
 def tensor_view(recipe: Recipe, member: Member, name: str, learner: Member | None) -> TensorView:
     """One tensor of a member; what is learned of it, if ``learner`` is one."""
-    _, entry, steps = sentence(recipe, member, name)
+    made = derivation(recipe, member, name)
+    entry = made.entry
     buffer = _is_buffer(name, entry.dtype)
     whole = recipe.resolved(member, name)
     learned, part = (0, "") if buffer or learner is None else _learned(whole, learner, name)
@@ -100,7 +101,7 @@ def tensor_view(recipe: Recipe, member: Member, name: str, learner: Member | Non
         size=entry.size,
         buffer=buffer,
         source=entry.source.kind,
-        overlays=tuple(_share(overlay, entry) for _, _, overlay in needed_steps(steps)),
+        overlays=tuple(_share(overlay, entry) for overlay in made.needed().overlays),
         learned=learned,
         part=part,
     )
@@ -143,8 +144,8 @@ def _planned(entry: Entry, part: Learned) -> tuple[int | None, str]:
         return _slice_size(entry.shape, part.dim or 0, part.count or 0), "slice"
     if part.part == "whole":
         return entry.size, "whole"
-    steps = needed_steps([("", index, overlay) for index, overlay in enumerate(entry.overlays)])
-    counts = [o.count for _, _, o in steps if isinstance(o, (MaskOverlay, ScatterOverlay))]
+    made = entry_derivation("", "", entry).needed()
+    counts = [mask.count for _, mask in made.masks]
     return counts[0] if len(counts) == 1 else None, "survivors"
 
 

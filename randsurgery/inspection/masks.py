@@ -286,7 +286,7 @@ def _layer(network: Ours, name: str, mask: Mask, missing: set[str]) -> LayerMask
     dead_inputs = 0
     if inputs:
         dead_inputs = int((~bits.reshape(filters, inputs, -1).any(axis=(0, 2))).sum())
-    payloads = network.mask_payloads(name)
+    made = network.derivation(name).masks
     try:
         signs = _signs(network, name, bits)
     except IncompatibleError as error:
@@ -307,8 +307,8 @@ def _layer(network: Ours, name: str, mask: Mask, missing: set[str]) -> LayerMask
         positive_before=signs[1],
         nan=signs[2],
         infinite=signs[3],
-        payload_bytes=sum(sizes[slot] for slot, _ in payloads),
-        entropy_bytes=math.fsum(entropy_bytes(mask.size, o.count) for _, o in payloads),
+        payload_bytes=sum(sizes[step.payload("mask")] for step, _ in made),
+        entropy_bytes=math.fsum(entropy_bytes(mask.size, own.count) for _, own in made),
     )
 
 

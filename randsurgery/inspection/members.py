@@ -6,8 +6,9 @@ import os
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from randsurgery.format.checkpoint import payload_names, read_checkpoint
+from randsurgery.format.checkpoint import read_checkpoint
 from randsurgery.format.container import Container
+from randsurgery.format.derivation import payload_names
 from randsurgery.format.fields import SHARED
 from randsurgery.format.members import fault_of
 from randsurgery.inspection.headers import MemberBytes, member_bytes

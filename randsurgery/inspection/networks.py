@@ -14,32 +14,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from randsurgery.errors import FileFormatError, IncompatibleError, UsageError, near
+from randsurgery.errors import IncompatibleError, UsageError, near
 from randsurgery.format.canonical import canonical_json
 from randsurgery.format.checkpoint import Checkpoint, is_checkpoint, read_checkpoint
 from randsurgery.format.container import Container
+from randsurgery.format.derivation import Derivation, derivation
 from randsurgery.format.masks import Mask
-from randsurgery.format.rebuild import (
-    check_affordable,
-    needed_steps,
-    payload_name,
-    read_mask,
-    sentence,
-)
+from randsurgery.format.rebuild import kept
 from randsurgery.format.recipe import (
     BaseRef,
     BaseSource,
-    ConstantSource,
     Entry,
     MaskOverlay,
     Member,
-    MemberTensor,
     Recipe,
     ReplaceOverlay,
     ScatterOverlay,
-    SliceOverlay,
     StoredSource,
 )
 from randsurgery.format.shards import is_index, open_shards
@@ -155,7 +145,7 @@ class Ours:
         """What the header says that fixes every bit of a tensor of this dtype and shape: two
         tensors that have one of these in common are equal."""
         entry = self.entry(name)
-        found = {canonical_json(self._sentence(name))}
+        found = {canonical_json(self._words(name))}
         if entry.digest is not None:
             found.add(f"finished {entry.digest}".encode())
         if entry.in_one_payload:
@@ -164,20 +154,20 @@ class Ours:
             found.add(f"bytes {last.digest}".encode())
         return found
 
-    def _sentence(self, name: str) -> list[Any]:
+    def derivation(self, name: str) -> Derivation:
+        """What makes the tensor, as far as it leaves a trace."""
+        return derivation(self.recipe, self.member, name).needed()
+
+    def _words(self, name: str) -> list[Any]:
         """Source and overlays; bases by identity, streams by name."""
-        _, entry, steps = sentence(self.recipe, self.member, name)
-        source: dict[str, Any] | None = self.recipe.source_facts(name, entry)
-        overlays = [overlay for _, _, overlay in needed_steps(steps)]
-        if overlays and isinstance(overlays[0], ReplaceOverlay):
-            source = None  # nothing is left of it
-        return [source, [overlay.to_json() for overlay in overlays]]
+        made = self.derivation(name)
+        source = None if made.replaced else self.recipe.source_facts(name, made.entry)
+        return [source, [overlay.to_json() for overlay in made.overlays]]
 
     def _checkpoint(self, name: str) -> Checkpoint:
         """The checkpoint, with its bases if the tensor builds on one."""
-        _, entry, steps = sentence(self.recipe, self.member, name)
-        replaced = any(isinstance(overlay, ReplaceOverlay) for _, _, overlay in steps)
-        based = isinstance(entry.source, BaseSource) and not replaced
+        made = self.derivation(name)
+        based = isinstance(made.source, BaseSource) and not made.replaced
         return self.opened.based() if based else self.opened.checkpoint
 
     def tensor(self, name: str) -> RawTensor:
@@ -185,31 +175,17 @@ class Ours:
         with naming(self.opened.path):
             return self._checkpoint(name).rebuild(self.member, name)
 
-    def mask_payloads(self, name: str) -> list[tuple[str, MaskOverlay | ScatterOverlay]]:
-        """Name and overlay of every mask that takes part in the tensor."""
-        _, _, steps = sentence(self.recipe, self.member, name)
-        return [
-            (payload_name(owner, name, f"{index}.mask"), overlay)
-            for owner, index, overlay in needed_steps(steps)
-            if isinstance(overlay, (MaskOverlay, ScatterOverlay))
-        ]
-
     def is_masked(self, name: str) -> bool:
         """True if a mask says where the tensor is zero: a mask overlay, or values scattered over
         zeros. Values scattered over others are a change, not a mask."""
-        kinds = {type(overlay) for _, overlay in self.mask_payloads(name)}
-        return MaskOverlay in kinds or (ScatterOverlay in kinds and self._from_zero(name))
+        made = self.derivation(name)
+        kinds = {type(mask) for _, mask in made.masks}
+        return MaskOverlay in kinds or (ScatterOverlay in kinds and made.from_zero)
 
     @property
     def masked(self) -> list[str]:
         """Names of the tensors that a mask lies over."""
         return [name for name in self.names if self.is_masked(name)]
-
-    def _from_zero(self, name: str) -> bool:
-        source = self.entry(name).source
-        replaced = any(isinstance(o, ReplaceOverlay) for o in self.entry(name).overlays)
-        zero = isinstance(source, ConstantSource) and float.fromhex(source.value) == 0
-        return zero and not replaced
 
     def kept(self, name: str) -> Mask | None:
         """The positions that masks leave, scatters fill and slices overwrite; None without a mask.
@@ -219,56 +195,19 @@ class Ours:
         if not self.is_masked(name):
             return None
         with naming(self.opened.path):
-            return self._kept(name)
-
-    def _kept(self, name: str) -> Mask:
-        _, entry, steps = sentence(self.recipe, self.member, name)
-        payloads = self.opened.checkpoint.payloads
-        check_affordable(entry.size, name)
-        bits = np.full(entry.size, not self._from_zero(name))
-        for owner, index, overlay in needed_steps(steps):
-            slot = payload_name(owner, name, f"{index}.mask")
-            if isinstance(overlay, MaskOverlay):
-                bits &= read_mask(payloads, slot, overlay, entry.size).unpack()
-            elif isinstance(overlay, ScatterOverlay):
-                bits |= read_mask(payloads, slot, overlay, entry.size).unpack()
-            elif isinstance(overlay, SliceOverlay):
-                if overlay.dim >= len(entry.shape) or overlay.count > entry.shape[overlay.dim]:
-                    raise FileFormatError(f"{name}: no slice of {overlay.count} along dim "
-                                          f"{overlay.dim} in {list(entry.shape)}")  # fmt: skip
-                where = (*[slice(None)] * overlay.dim, slice(overlay.count))
-                bits.reshape(entry.shape)[where] = True
-        return Mask.of(bits)
+            return kept(self.derivation(name), self.opened.checkpoint.payloads)
 
     def before_masks(self, name: str) -> RawTensor | None:
         """The tensor as it is before its first mask; None if that is a constant 0."""
-        if self._from_zero(name):
+        made = self.derivation(name)
+        if made.from_zero:
             return None
-        owner, entry, steps = sentence(self.recipe, self.member, name)
-        steps = needed_steps(steps)
-        first = next(s for s in steps if isinstance(s[2], (MaskOverlay, ScatterOverlay)))
-        own, index = self.member.tensors.get(name), first[1]
-        shared, tensors = dict(self.recipe.tensors), dict(self.member.tensors)
-        if owner == self.member.name:  # an entry of its own
-            cut = entry.model_copy(update={"overlays": entry.overlays[:index]})
-            tensors[name] = MemberTensor(entry=cut)
-        elif first[0] == owner:
-            shared[name] = entry.model_copy(update={"overlays": entry.overlays[:index]})
-            tensors.pop(name, None)
-        elif index == 0:
-            tensors.pop(name)
-        else:
-            assert own is not None
-            tensors[name] = MemberTensor(overlays=own.overlays[:index])
-        checkpoint = self._checkpoint(name)
-        recipe = self.recipe.model_copy(update={"tensors": shared})
-        member = self.member.model_copy(update={"tensors": tensors})
-        return Checkpoint(recipe, checkpoint.payloads, checkpoint.bases).rebuild(member, name)
+        first, _ = made.masks[0]
+        return self._checkpoint(name).made(made.before(first))
 
     def masks_alone(self, name: str) -> bool:
         """True if nothing but masks follows the first mask, so that what is kept is what was."""
-        _, _, steps = sentence(self.recipe, self.member, name)
-        kinds = [isinstance(overlay, MaskOverlay) for _, _, overlay in needed_steps(steps)]
+        kinds = [isinstance(overlay, MaskOverlay) for overlay in self.derivation(name).overlays]
         return True in kinds and all(kinds[kinds.index(True) :])
 
 

@@ -8,10 +8,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from randsurgery.format.checkpoint import payload_names, step_payloads
 from randsurgery.format.container import TensorInfo
+from randsurgery.format.derivation import SCORES, derivation, payload_name, payload_names
 from randsurgery.format.fields import SHARED
-from randsurgery.format.rebuild import payload_name, sentence
 from randsurgery.format.recipe import Member, Recipe
 from randsurgery.format.tensors import RawTensor, byte_count
 from randsurgery.inspection.headers import MemberBytes, header_of, member_bytes, read_header
@@ -193,18 +192,16 @@ def _recipe_rows(recipe: Recipe, sizes: Mapping[str, int]) -> tuple[list[TensorS
     for member in recipe.members:
         for name in recipe.tensor_names(member):
             rows.append(_row(recipe, member, name, sizes, counted))
-        scores += sum(sizes.get(payload_name(member.name, n, "scores"), 0) for n in member.scores)
+        scores += sum(sizes.get(payload_name(member.name, n, SCORES), 0) for n in member.scores)
     return rows, scores
 
 
 def _row(
     recipe: Recipe, member: Member, name: str, sizes: Mapping[str, int], counted: set[str]
 ) -> TensorStorage:
-    owner, entry, steps = sentence(recipe, member, name)
-    slots = {payload_name(owner, name, "source")}
-    for who, index, overlay in steps:
-        slots |= set(step_payloads(name, who, index, overlay))
-    fresh = (slots & sizes.keys()) - counted
+    made = derivation(recipe, member, name)
+    entry = made.entry
+    fresh = {payload for payload, _ in made.payloads} - counted
     counted |= fresh
     return TensorStorage(
         member=member.name,
@@ -212,7 +209,7 @@ def _row(
         dtype=entry.dtype,
         shape=entry.shape,
         source=entry.source.kind,
-        overlays=tuple(overlay.kind for _, _, overlay in steps),
+        overlays=tuple(overlay.kind for overlay in made.overlays),
         bytes=sum(sizes[p] for p in fresh),
         dense_bytes=byte_count(entry.dtype, entry.shape),
     )

@@ -9,11 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from randsurgery.errors import FileFormatError, IncompatibleError, UsageError
-from randsurgery.format.checkpoint import (
-    Checkpoint,
-    is_safetensors,
-    read_checkpoint,
-)
+from randsurgery.format.checkpoint import Checkpoint, is_safetensors, read_checkpoint
 from randsurgery.format.rebuild import Payloads
 from randsurgery.format.writing import (
     Check,

@@ -16,16 +16,14 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+from typing_extensions import assert_never
 
 from randsurgery.errors import UsageError
-from randsurgery.format.checkpoint import (
-    Checkpoint,
-    is_checkpoint,
-    read_checkpoint,
-)
+from randsurgery.format.checkpoint import Checkpoint, is_checkpoint, read_checkpoint
 from randsurgery.format.container import Container
+from randsurgery.format.derivation import Derivation, derivation
 from randsurgery.format.fields import SHARED
-from randsurgery.format.rebuild import Payloads, payload_name, read_mask, sentence
+from randsurgery.format.rebuild import Payloads, read_mask, sliced
 from randsurgery.format.recipe import (
     ConstantSource,
     Entry,
@@ -220,52 +218,52 @@ def _rebuilt(checkpoint: Checkpoint, member: Member, name: str) -> TensorSource:
     )
 
 
-def _before(owner: str, entry: Entry, overlays: tuple[Any, ...]) -> int:
+def _before(made: Derivation) -> int:
     """What the elements of a source are, before any overlay."""
-    if any(isinstance(o, ScatterOverlay) for o in overlays) and isinstance(
-        entry.source, ConstantSource
-    ):
+    scattered = any(isinstance(overlay, ScatterOverlay) for overlay in made.overlays)
+    if scattered and isinstance(made.source, ConstantSource):
         return MASKED  # the zeros that survivors are scattered into
-    own = owner != SHARED and isinstance(entry.source, (StoredSource, SignsSource, ConstantSource))
-    return LEARNED if own else FIXED
+    stored = isinstance(made.source, (StoredSource, SignsSource, ConstantSource))
+    return LEARNED if stored and made.owner != SHARED else FIXED
 
 
 def _one_part(recipe: Recipe, member: Member, name: str) -> Part | None:
     """The one part that all elements belong to, if headers show it; None if there are several."""
-    owner, entry, steps = sentence(recipe, member, name)
-    found: int | None = _before(owner, entry, tuple(step[2] for step in steps))
-    for who, _, overlay in steps:
-        brought = FIXED if who == SHARED else LEARNED
+    made = derivation(recipe, member, name)
+    found: int | None = _before(made)
+    for step in made.steps:
+        brought, overlay = FIXED if step.owner == SHARED else LEARNED, step.overlay
         if isinstance(overlay, ReplaceOverlay):
             found = brought
         elif isinstance(overlay, SliceOverlay):
-            all_of_it = overlay.count == entry.shape[overlay.dim]
+            all_of_it = overlay.count == made.entry.shape[overlay.dim]
             found = brought if all_of_it or found == brought else None
         elif isinstance(overlay, (MaskOverlay, ScatterOverlay)):
             found = None
+        elif not isinstance(overlay, ScaleOverlay):
+            assert_never(overlay)
     return None if found is None else PARTS[found]
 
 
 def element_labels(checkpoint: Checkpoint, member: Member, name: str) -> Labels:
     """The part that each element belongs to. Shape (size,)."""
-    owner, entry, steps = sentence(checkpoint.recipe, member, name)
-    labels = np.full(entry.size, _before(owner, entry, tuple(s[2] for s in steps)), dtype=np.uint8)
-    for who, index, overlay in steps:
-        brought = FIXED if who == SHARED else LEARNED
+    made = checkpoint.derivation(member, name)
+    entry = made.entry
+    labels = np.full(entry.size, _before(made), dtype=np.uint8)
+    for step in made.steps:
+        brought, overlay = FIXED if step.owner == SHARED else LEARNED, step.overlay
         if isinstance(overlay, ReplaceOverlay):
             labels[:] = brought
         elif isinstance(overlay, SliceOverlay):
-            where = (*[slice(None)] * overlay.dim, slice(overlay.count))
-            labels.reshape(entry.shape)[where] = brought
+            labels.reshape(entry.shape)[sliced(entry, overlay, name)] = brought
         elif isinstance(overlay, (MaskOverlay, ScatterOverlay)):
-            slot = payload_name(who, name, f"{index}.mask")
-            bits = read_mask(checkpoint.payloads, slot, overlay, entry.size).unpack()
+            bits = read_mask(checkpoint.payloads, step, entry.size).unpack()
             if isinstance(overlay, MaskOverlay):
                 labels[~bits] = MASKED
             else:
                 labels[bits] = brought
-        else:
-            assert isinstance(overlay, ScaleOverlay)
+        elif not isinstance(overlay, ScaleOverlay):
+            assert_never(overlay)
     return labels
 
 

@@ -10,13 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from randsurgery.errors import FileFormatError, UsageError
-from randsurgery.format.checkpoint import (
-    Checkpoint,
-    finished_bytes,
-    is_safetensors,
-    payload_names,
-)
+from randsurgery.format.checkpoint import Checkpoint, finished_bytes, is_safetensors
 from randsurgery.format.container import Container, check_network, check_not_input
+from randsurgery.format.derivation import payload_names
 from randsurgery.format.shards import bytes_behind, files_behind
 from randsurgery.format.tensors import RawTensor
 from randsurgery.format.writing import write_checkpoint

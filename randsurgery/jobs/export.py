@@ -11,11 +11,7 @@ from typing import Any
 
 from randsurgery.errors import FileFormatError, IncompatibleError, OutputError, UsageError
 from randsurgery.format.canonical import digest
-from randsurgery.format.checkpoint import (
-    Checkpoint,
-    Memory,
-    payload_names,
-)
+from randsurgery.format.checkpoint import Checkpoint, Memory
 from randsurgery.format.container import (
     Container,
     check_not_input,
@@ -23,8 +19,8 @@ from randsurgery.format.container import (
     pack,
     write_atomically,
 )
+from randsurgery.format.derivation import payload_name, payload_names
 from randsurgery.format.fields import as_given
-from randsurgery.format.rebuild import payload_name
 from randsurgery.format.recipe import BaseSource, Member, MemberTensor, Recipe, StoredSource
 from randsurgery.format.writing import write_checkpoint
 from randsurgery.jobs.hub import PREFIX

@@ -12,25 +12,16 @@ from typing import Any
 import timm
 
 from randsurgery.errors import FileFormatError, IncompatibleError, UsageError
-from randsurgery.format.checkpoint import (
-    Checkpoint,
-    Memory,
-    finished_bytes,
-    read_checkpoint,
-    step_payloads,
-)
+from randsurgery.format.checkpoint import Checkpoint, Memory, finished_bytes, read_checkpoint
 from randsurgery.format.container import Container
 from randsurgery.format.fields import SHARED
 from randsurgery.format.masks import Mask
-from randsurgery.format.rebuild import check_affordable, needed_steps, payload_name, sentence
+from randsurgery.format.rebuild import check_affordable
 from randsurgery.format.recipe import (
-    Entry,
     MaskOverlay,
     Member,
     Recipe,
     ScatterOverlay,
-    SignsSource,
-    StoredSource,
 )
 from randsurgery.format.shards import CONFIG, files_behind, weights_in
 from randsurgery.jobs.hub import (
@@ -252,21 +243,11 @@ def flatten(checkpoint: Checkpoint, member: str | None = None) -> Checkpoint:
             )
     payloads, entries = Memory(), {}
     for name in checkpoint.recipe.tensor_names(who):
-        owner, entry, steps = sentence(checkpoint.recipe, who, name)
-        steps = needed_steps(steps)
-        moves: list[tuple[str, str]] = []
-        if isinstance(entry.source, (StoredSource, SignsSource)):
-            source = payload_name(SHARED, name, "source")
-            moves.append((payload_name(owner, name, "source"), source))
-        for at, (step_owner, index, overlay) in enumerate(steps):
-            old = step_payloads(name, step_owner, index, overlay)
-            moves += zip(old, step_payloads(name, SHARED, at, overlay), strict=True)
-        for before, after in moves:
+        made = checkpoint.derivation(who, name).needed()
+        moved = made.moved(SHARED)
+        for (before, _), (after, _) in zip(made.payloads, moved.payloads, strict=True):
             payloads[after] = checkpoint.payloads.read(before)
-        overlays = tuple(overlay for _, _, overlay in steps)
-        entries[name] = Entry(
-            dtype=entry.dtype, shape=entry.shape, source=entry.source, overlays=overlays
-        )
+        entries[name] = moved.entry
     fresh = Member(head=who.head, classes=who.classes, dataset=who.dataset)
     recipe = checkpoint.recipe.seen_by(who).model_copy(
         update={"tensors": entries, "members": (fresh,), "backbone_id": None}

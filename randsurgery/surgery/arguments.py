@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import nn
 
 from randsurgery.errors import UsageError
-from randsurgery.format.checkpoint import Checkpoint, Memory, payload_names
+from randsurgery.format.checkpoint import Checkpoint, Memory
+from randsurgery.format.derivation import payload_names
 from randsurgery.format.recipe import Recipe
 
 

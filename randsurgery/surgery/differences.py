@@ -15,9 +15,9 @@ from randsurgery.errors import IncompatibleError
 from randsurgery.format.canonical import canonical_json, digest
 from randsurgery.format.checkpoint import Checkpoint, Memory
 from randsurgery.format.container import Container
+from randsurgery.format.derivation import payload_name
 from randsurgery.format.fields import SHARED
 from randsurgery.format.masks import Mask
-from randsurgery.format.rebuild import payload_name
 from randsurgery.format.recipe import (
     ConstantSource,
     Entry,

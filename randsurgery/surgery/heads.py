@@ -22,10 +22,10 @@ from torch.nn import functional as F
 
 from randsurgery.errors import IncompatibleError, UsageError
 from randsurgery.format.canonical import digest
-from randsurgery.format.checkpoint import Checkpoint, Memory, payload_names
+from randsurgery.format.checkpoint import Checkpoint, Memory
+from randsurgery.format.derivation import payload_name, payload_names, split_payload_name
 from randsurgery.format.fields import SHARED
 from randsurgery.format.generator import generate
-from randsurgery.format.rebuild import payload_name, split_payload_name
 from randsurgery.format.recipe import (
     ConstantSource,
     Entry,

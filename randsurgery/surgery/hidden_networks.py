@@ -20,9 +20,9 @@ import numpy.typing as npt
 
 from randsurgery.errors import IncompatibleError, UsageError
 from randsurgery.format.checkpoint import Checkpoint, Memory
+from randsurgery.format.derivation import payload_name
 from randsurgery.format.fields import SHARED
 from randsurgery.format.masks import Mask
-from randsurgery.format.rebuild import payload_name
 from randsurgery.format.recipe import Algorithm, ConstantSource, Entry, Member, Recipe
 from randsurgery.format.tensors import RawTensor, hex_float
 from randsurgery.surgery.foreign import Foreign

@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
-import numpy as np
 from torch import nn
 
 from randsurgery.errors import IncompatibleError, near
 from randsurgery.format import masks
 from randsurgery.format.checkpoint import Checkpoint
-from randsurgery.format.rebuild import needed_steps, payload_name, read_mask, sentence
+from randsurgery.format.rebuild import kept
 from randsurgery.format.recipe import (
     Entry,
     Learned,
-    MaskOverlay,
     Member,
     RandomSource,
     Recipe,
-    ScatterOverlay,
     Source,
 )
 from randsurgery.format.tensors import RawTensor
@@ -83,14 +79,7 @@ def survivor_counts(checkpoint: Checkpoint, member: Member) -> dict[str, int]:
 def survivor_mask(checkpoint: Checkpoint, member: Member, name: str) -> masks.Mask:
     """The positions that a tensor's masks keep and its scatters fill. Raises IncompatibleError if
     the tensor has neither."""
-    found: np.ndarray[Any, np.dtype[np.bool_]] | None = None
-    _, entry, steps = sentence(checkpoint.recipe, member, name)
-    for owner, index, overlay in needed_steps(steps):
-        if isinstance(overlay, (MaskOverlay, ScatterOverlay)):
-            slot = payload_name(owner, name, f"{index}.mask")
-            bits = read_mask(checkpoint.payloads, slot, overlay, entry.size).unpack()
-            keeps = isinstance(overlay, MaskOverlay)
-            found = bits if found is None else (found & bits if keeps else found | bits)
+    found = kept(checkpoint.derivation(member, name), checkpoint.payloads)
     if found is None:
         raise IncompatibleError(f"{name} has no mask, so it has no survivors")
-    return masks.Mask.of(found)
+    return found

@@ -11,18 +11,9 @@ from torch import nn
 from randsurgery.errors import IncompatibleError, UsageError, near
 from randsurgery.format import masks
 from randsurgery.format.canonical import digest
-from randsurgery.format.checkpoint import (
-    Checkpoint,
-    Memory,
-    entry_slots,
-    finished_bytes,
-    overlay_slots,
-    payload_names,
-)
-from randsurgery.format.rebuild import (
-    check_affordable,
-    payload_name,
-)
+from randsurgery.format.checkpoint import Checkpoint, Memory, finished_bytes
+from randsurgery.format.derivation import payload_name, payload_names
+from randsurgery.format.rebuild import check_affordable
 from randsurgery.format.recipe import (
     Algorithm,
     ConstantSource,
@@ -413,9 +404,7 @@ def _mask_overlays(
 
 def _keep(checkpoint: Checkpoint, member: Member, name: str, payloads: Memory) -> MemberTensor:
     """The member's own words about an unchanged tensor, its payload bytes untouched."""
-    own = member.tensors[name]
-    slots = overlay_slots(own.overlays) if own.entry is None else entry_slots(own.entry)
-    for slot, _ in slots:
-        payload = payload_name(member.name, name, slot)
+    made = checkpoint.derivation(member, name)
+    for payload, _ in made.owned_by(member.name):
         payloads[payload] = checkpoint.payloads.read(payload)
-    return own
+    return member.tensors[name]

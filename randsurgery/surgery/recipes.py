@@ -12,9 +12,9 @@ from torch import nn
 from randsurgery.errors import IncompatibleError, UsageError
 from randsurgery.format.checkpoint import Checkpoint, Memory
 from randsurgery.format.container import Container
+from randsurgery.format.derivation import payload_name
 from randsurgery.format.fields import SHARED
 from randsurgery.format.masks import Mask
-from randsurgery.format.rebuild import payload_name
 from randsurgery.format.recipe import (
     BaseRef,
     BaseSource,

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from randsurgery.format.checkpoint import Checkpoint, in_threads
-from randsurgery.format.rebuild import payload_name, read_payload
+from randsurgery.format.derivation import payload_name
+from randsurgery.format.rebuild import read_payload
 from randsurgery.format.recipe import Member, MemberTensor, SliceOverlay
 from randsurgery.format.tensors import RawTensor
 from randsurgery.surgery.architectures import classifier_names

@@ -7,7 +7,7 @@ import numpy as np
 from randsurgery.format import masks
 from randsurgery.format.canonical import digest
 from randsurgery.format.checkpoint import Memory
-from randsurgery.format.rebuild import payload_name
+from randsurgery.format.derivation import payload_name
 from randsurgery.format.recipe import (
     ConstantSource,
     Entry,

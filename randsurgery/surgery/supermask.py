@@ -15,9 +15,9 @@ from torch import nn
 
 from randsurgery.errors import IncompatibleError, UsageError
 from randsurgery.format.checkpoint import Checkpoint
+from randsurgery.format.derivation import Step
 from randsurgery.format.generator import generate
 from randsurgery.format.masks import Mask
-from randsurgery.format.recipe import Member
 from randsurgery.format.tensors import f32
 from randsurgery.surgery.masking import Scores
 from randsurgery.surgery.scores import Scoring, initial_scores, put_scores
@@ -154,8 +154,14 @@ class Sampler:
             name: torch.from_numpy(checkpoint.scores(name, who.name).copy()) for name in who.scores
         }
         self.rescaled = who.rescaled
+
+        def masks(step: Step) -> bool:
+            """Its masks, and what they multiply by."""
+            return step.owner == who.name and step.overlay.kind in ("mask", "scale")
+
         self.weights = {
-            name: to_torch(checkpoint.rebuild(_unmasked(who, name), name)) for name in who.scores
+            name: to_torch(checkpoint.made(checkpoint.derivation(who, name).without(masks)))
+            for name in who.scores
         }
 
     @torch.no_grad()
@@ -165,13 +171,3 @@ class Sampler:
             bits = sampled_bits(scores, name, seed)
             factor = rescaling(bits) if self.rescaled else 1.0
             model.get_parameter(name).copy_(apply_mask(self.weights[name], bits, factor))
-
-
-def _unmasked(member: Member, name: str) -> Member:
-    """The member without its masks of one tensor, and what they multiply by."""
-    own = member.tensors[name]
-    rest = tuple(overlay for overlay in own.added if overlay.kind not in ("mask", "scale"))
-    tensors = {key: value for key, value in member.tensors.items() if key != name}
-    if rest or own.entry is not None:
-        tensors[name] = own.with_added(rest)
-    return member.model_copy(update={"tensors": tensors})

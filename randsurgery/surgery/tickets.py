@@ -8,7 +8,8 @@ from dataclasses import replace
 import torch
 
 from randsurgery.errors import IncompatibleError, near
-from randsurgery.format.checkpoint import Checkpoint, Memory, payload_names
+from randsurgery.format.checkpoint import Checkpoint, Memory
+from randsurgery.format.derivation import payload_names
 from randsurgery.format.masks import Mask
 from randsurgery.format.recipe import MaskOverlay, Member, MemberTensor, Recipe
 from randsurgery.surgery.initialisers import kept_count
