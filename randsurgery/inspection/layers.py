@@ -11,6 +11,8 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from typing_extensions import assert_never
+
 from randsurgery.format.container import TensorInfo
 from randsurgery.format.derivation import derivation, entry_derivation
 from randsurgery.format.recipe import (
@@ -20,6 +22,8 @@ from randsurgery.format.recipe import (
     Member,
     Overlay,
     Recipe,
+    ReplaceOverlay,
+    ScaleOverlay,
     ScatterOverlay,
     SliceOverlay,
 )
@@ -113,7 +117,9 @@ def _share(overlay: Overlay, entry: Entry) -> OverlayShare:
     if isinstance(overlay, SliceOverlay):
         count = _slice_size(entry.shape, overlay.dim, overlay.count)
         return OverlayShare(overlay.kind, count, entry.size)
-    return OverlayShare(overlay.kind, entry.size, entry.size)
+    if isinstance(overlay, (ReplaceOverlay, ScaleOverlay)):
+        return OverlayShare(overlay.kind, entry.size, entry.size)
+    assert_never(overlay)
 
 
 def _slice_size(shape: tuple[int, ...], dim: int, count: int) -> int:

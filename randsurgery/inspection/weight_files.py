@@ -25,6 +25,7 @@ from randsurgery.format.derivation import Derivation, derivation
 from randsurgery.format.fields import SHARED
 from randsurgery.format.rebuild import Payloads, read_mask, sliced
 from randsurgery.format.recipe import (
+    BaseSource,
     ConstantSource,
     Entry,
     HadamardSource,
@@ -302,8 +303,10 @@ def initial_of(source: Source, width: int | None) -> Initial | None:
             mean_abs, variance = scale / 2, scale * scale / 3
         else:
             mean_abs, variance = scale, scale * scale
-    else:
+    elif isinstance(source, (StoredSource, BaseSource)):
         return None
+    else:
+        assert_never(source)
     norm = None if width is None else math.sqrt(width * (variance + mean * mean))
     return Initial(kind, scale, mean, mean_abs, variance, norm)
 
