@@ -826,9 +826,8 @@ def _dense_state(path: str) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize(
     ("code", "arguments", "words"),
     [
-        (4, ("build", "t1.safetensors", "t2.safetensors", *MODEL),
-         "t1.safetensors is a dense checkpoint; pass --base FILE"),
-        (4, ("build", "t1.pth", "t2.pth"), "t1.pth is a dense checkpoint; pass --base FILE"),
+        (2, ("build", "t1.pth", "t2.pth"),
+         "t1.pth is a dense checkpoint; pass --arch NAME, and --base FILE"),
         (2, ("build", "t1.safetensors", "t2.safetensors", "--base", "base.safetensors"),
          "--arch is missing"),
         (4, ("build", "t1.safetensors", "t2.safetensors", "--base", "base.safetensors", "--arch",
