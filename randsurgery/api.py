@@ -84,7 +84,7 @@ def load(
     network, if the file has several. ``base``: the base checkpoint, if the file builds on one that
     does not lie beside it. Raises FileFormatError or IncompatibleError.
     """
-    with open_checkpoint(path, base) as checkpoint:
+    with open_checkpoint(path, base, spare_bases=True) as checkpoint:
         return build(checkpoint, member, model=model, dtype=dtype)
 
 
@@ -105,7 +105,7 @@ def load_ensemble(
     members of several tasks.
     """
     with contextlib.ExitStack() as stack:
-        checkpoint = stack.enter_context(open_checkpoint(path, base))
+        checkpoint = stack.enter_context(open_checkpoint(path, base, spare_bases=True))
         found = Ensemble(checkpoint, members, model=model, engine=engine)
         stack.pop_all()
     return found

@@ -282,7 +282,7 @@ def test_what_does_not_fit_is_told_both_ways(here: Path) -> None:
 
 def test_pruned_tensors_are_the_base_under_a_mask(here: Path) -> None:
     path = files.pruned(here, dense())
-    assert "2 tensors are pruned" in init(path)
+    assert "pruned by torch.nn.utils.prune: 2 of the tensors" in init(path)
     recipe = rs.read_recipe("i.safetensors")
     for name in files.PRUNED:
         entry = recipe.tensors[f"{name}.weight"]

@@ -322,3 +322,47 @@ def test_a_bug_is_told_from_an_error(
     assert "Traceback" in shown
     assert f"{type(error).__name__}" in shown
     assert common.verbosity.level == 2
+
+
+def test_an_initialiser_that_draws_nothing_is_told() -> None:
+    written(network())
+    dense = ("test_resnet", "--checkpoint", "d.safetensors", "--dry-run")
+    told = "--init kaiming-normal draws nothing"
+    assert told in succeed("popup", *dense, "--init", "kaiming-normal").stderr
+    assert told not in succeed("popup", *dense).stderr
+    done = succeed("init", *dense, "--init", "kaiming-normal", "--num-classes", 4)
+    assert told not in done.stderr
+
+
+def test_a_torch_file_called_safetensors_has_one_remedy() -> None:
+    written(network(), "d.pth")
+    Path("d.pth").rename("d.safetensors")
+    remedy = "written by torch.save, no safetensors file; rename it to .pth"
+    for command in (("convert", "d.safetensors", "--arch", "test_resnet"),
+                    ("inspect", "weights", "d.safetensors"), ("eval", "d.safetensors"),
+                    ("init", "test_resnet", "--checkpoint", "d.safetensors"),
+                    ("ensemble", "build", "d.safetensors", "d.safetensors")):  # fmt: skip
+        assert remedy in fails(3, *command), command
+
+
+def test_two_networks_under_prefixes_are_named() -> None:
+    state = network().state_dict()
+    torch.save(
+        {f"{who}.{n}": t for who in ("student", "teacher") for n, t in state.items()}, "d.pth"
+    )
+    for command in (("init", "test_resnet", "--checkpoint", "d.pth"),
+                    ("convert", "d.pth", "--arch", "test_resnet")):  # fmt: skip
+        assert "several networks, under 'student.' and 'teacher.'" in fails(4, *command)
+
+
+def test_arguments_that_an_architecture_lacks_are_named_as_they_were_given() -> None:
+    told = fails(4, "popup", "test_resnet", "--width", "0.5", "--dry-run")
+    assert "width=0.5" in told
+
+
+@pytest.mark.parametrize("size", [5000, 100_000])
+def test_cut_off_files_are_called_so(size: int) -> None:
+    written(network(), "d.pth")
+    Path("d.pth").write_bytes(Path("d.pth").read_bytes()[:size])
+    told = fails(3, "eval", "test_resnet", "--checkpoint", "d.pth")
+    assert "truncated or damaged; fetch it again" in told

@@ -66,6 +66,7 @@ def masks(
     """
     from randsurgery.errors import UsageError, near
     from randsurgery.format.container import check_not_input, check_output
+    from randsurgery.format.shards import read_behind
     from randsurgery.inspection.masks import masks as report_on
     from randsurgery.inspection.masks import write_csv
 
@@ -73,7 +74,7 @@ def masks(
         raise UsageError(f"unknown --sort {sort!r}, expected {', '.join(SORTS)}{near(sort, SORTS)}")
     if csv is not None:
         target = check_output(csv, force=force, option="--csv")
-        check_not_input(target, [*files, base], option="--csv")
+        check_not_input(target, [f for p in (*files, base) for f in read_behind(p)], option="--csv")
     report = report_on(files, members=member or (), patterns=pattern or (), base=base)
     for line in report.notes:
         note(clean(line))

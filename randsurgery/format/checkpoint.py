@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +22,7 @@ from randsurgery.format.derivation import (
     SCORES,
     Derivation,
     derivation,
+    needed_bases,
     payload_name,
     payload_names,
 )
@@ -271,12 +272,15 @@ def read_checkpoint(
     *,
     base: Payloads | str | os.PathLike[str] | None = None,
     need_bases: bool = True,
+    spare_bases: bool = False,
 ) -> Checkpoint:
     """Open a file of this format; only the header is read until a tensor is asked for.
 
     ``base`` is the base checkpoint (a safetensors path or its tensors); without it a base is
     looked for beside the file under its recorded name. With ``need_bases`` false, bases are left
-    out, for readers that want the recipe only. Raises FileFormatError or IncompatibleError.
+    out, for readers that want the recipe only; with ``spare_bases``, one may be missing of which no
+    value is left in any member, for readers that change nothing. Raises FileFormatError or
+    IncompatibleError.
     """
     container = Container(path)
     try:
@@ -301,7 +305,8 @@ def read_checkpoint(
             bases: dict[str, Payloads] = {}
             opened: list[Container] = []
             if need_bases:
-                bases, opened = _find_bases(recipe, container.path, base, stack)
+                spare = recipe.bases.keys() - needed_bases(recipe) if spare_bases else ()
+                bases, opened = _find_bases(recipe, container.path, base, stack, spare)
             stack.pop_all()
         return Checkpoint(recipe, container, bases, container.path, tuple(opened))
     except BaseException:
@@ -314,8 +319,10 @@ def _find_bases(
     path: Path,
     given: Payloads | str | os.PathLike[str] | None,
     stack: contextlib.ExitStack,
+    spare: Collection[str],
 ) -> tuple[dict[str, Payloads], list[Container]]:
-    """Each base by its id, and the files opened for them, which ``stack`` closes on failure."""
+    """Each base by its id, and the files opened for them, which ``stack`` closes on failure. Those
+    of ``spare`` may be missing."""
     opened: list[Container] = []
     known: dict[str | None, tuple[Payloads, str]] = {}  # by file name; None is the given one
 
@@ -334,6 +341,8 @@ def _find_bases(
         wanting = ref.identity not in (actual for _, actual in candidates)
         if wanting and beside is not None and os.path.isfile(beside):
             candidates.append(look(ref.file, beside))
+        if not candidates and key in spare:
+            continue
         if not candidates:
             raise IncompatibleError(f"{path.name}: {missing_base(recipe, key)}")
         fitting = [tensors for tensors, actual in candidates if actual == ref.identity]

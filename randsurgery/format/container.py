@@ -152,6 +152,10 @@ def _read_header(file: BufferedReader, size: int, name: str) -> tuple[str, int]:
         raise FileFormatError(f"{name}: not a safetensors file ({size} bytes, at least 8 needed)")
     start = file.read(8)
     if start[:4] == b"PK\x03\x04":
+        if name.endswith(".safetensors"):
+            raise FileFormatError(
+                f"{name}: written by torch.save, no safetensors file; rename it to .pth"
+            )
         raise FileFormatError(
             f"{name}: a PyTorch checkpoint, no safetensors file; make one of it with randsurgery "
             f"convert {name} --arch ARCH, or pass it as --checkpoint with an architecture"

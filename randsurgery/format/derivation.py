@@ -194,6 +194,18 @@ def entry_derivation(owner: str, tensor: str, entry: Entry) -> Derivation:
     return Derivation(tensor, owner, entry, steps_of(owner, tensor, entry.overlays))
 
 
+def needed_bases(recipe: Recipe) -> set[str]:
+    """The ids of the bases that some member has a value from, or is to learn from. A base of which
+    all was replaced is none."""
+    found: set[str] = set()
+    for member in recipe.members:
+        made = (derivation(recipe, member, name) for name in recipe.tensor_names(member))
+        starts = (part.start for part in (member.plan.tensors if member.plan else {}).values())
+        sources = (*(one.source for one in made if not one.replaced), *starts)
+        found |= {source.base for source in sources if isinstance(source, BaseSource)}
+    return found
+
+
 # --- which payloads a recipe needs ---------------------------------------------------------------
 
 

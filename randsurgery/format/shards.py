@@ -10,7 +10,7 @@ from typing import Any
 
 from randsurgery.errors import FileFormatError
 from randsurgery.format.canonical import strict_json
-from randsurgery.format.checkpoint import is_checkpoint, is_safetensors
+from randsurgery.format.checkpoint import is_checkpoint, is_safetensors, read_checkpoint
 from randsurgery.format.container import MAX_HEADER, Container
 from randsurgery.format.tensors import RawTensor
 
@@ -80,6 +80,23 @@ def files_behind(path: str | os.PathLike[str] | None) -> tuple[Path, ...]:
     with contextlib.suppress(FileFormatError):
         return file, *part_paths(file, weight_map(file))
     return (file,)
+
+
+def read_behind(path: str | os.PathLike[str] | None) -> tuple[Path, ...]:
+    """``files_behind``, and of a file of ours the bases beside it that it builds on: all that a
+    command reads that is given the path."""
+    own = files_behind(path)
+    if path is None or not is_safetensors(path) or not Path(path).is_file():
+        return own
+    try:
+        with read_checkpoint(path, need_bases=False) as found:
+            names = [ref.file for ref in found.recipe.bases.values() if ref.file is not None]
+    except FileFormatError:  # whoever opens it tells
+        return own
+    folder = Path(path).absolute().parent
+    bases = [folder / name for name in names if (folder / name).exists()]
+    bases += [folder for name in names if folder.name == name]
+    return (*own, *(file for base in bases for file in files_behind(base)))
 
 
 def bytes_behind(path: str | os.PathLike[str]) -> int:

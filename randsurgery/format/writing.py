@@ -10,11 +10,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from randsurgery.errors import FileFormatError, IncompatibleError
+from randsurgery.errors import FileFormatError, IncompatibleError, OutputError
 from randsurgery.format.canonical import canonical_json, digest
 from randsurgery.format.checkpoint import METADATA_KEY, Checkpoint, in_threads, parse_recipe
 from randsurgery.format.container import Container, check_output, pack, write_atomically
 from randsurgery.format.derivation import (
+    needed_bases,
     payload_digests,
     payload_names,
     split_payload_name,
@@ -23,6 +24,7 @@ from randsurgery.format.derivation import (
 from randsurgery.format.fields import SHARED
 from randsurgery.format.rebuild import Payloads, read_mask, read_payload
 from randsurgery.format.recipe import (
+    BaseSource,
     Entry,
     Member,
     MemberTensor,
@@ -80,6 +82,15 @@ def _finish_member(checkpoint: Checkpoint, member: Member) -> Member:
     )
 
 
+def check_not_base(path: str | os.PathLike[str], recipe: Recipe) -> None:
+    """Raises OutputError for a name under which the file would be taken for its own base."""
+    for ref in recipe.bases.values():
+        if ref.file == Path(path).name:
+            raise OutputError(
+                f"{path}: is the name of the base that the file builds on; choose another --output"
+            )
+
+
 def write_checkpoint(
     path: str | os.PathLike[str],
     checkpoint: Checkpoint,
@@ -94,6 +105,7 @@ def write_checkpoint(
     ``force`` is false; an old file is untouched unless all went well.
     """
     check_output(path, force=force)
+    check_not_base(path, checkpoint.recipe)
     done = checkpoint if finished else finish(checkpoint)
     text = canonical_json(done.recipe.to_json()).decode("ascii")
     readable = parse_recipe(text, Path(path).name)  # what is written can be read
@@ -140,9 +152,17 @@ def verify(checkpoint: Checkpoint) -> list[Check]:
         ok = found == expected or (expected is None and said.in_one_payload)
         return Check(what, ok, "" if ok else f"rebuilt {found}, the recipe says {expected}")
 
+    spare = recipe.bases.keys() - checkpoint.bases.keys() - needed_bases(recipe)
+
+    def absent(entry: Entry) -> bool:
+        """True for what no member has any more, of a base that is not there."""
+        source = entry.source
+        return isinstance(source, BaseSource) and source.base in spare
+
     work: list[Callable[[], Check]] = [
         functools.partial(check, bare, name, entry.digest, f"shared/{name}")
         for name, entry in recipe.tensors.items()
+        if not absent(entry)
     ]
     for member in recipe.members:
         for name, own in member.tensors.items():

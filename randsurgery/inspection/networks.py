@@ -63,7 +63,7 @@ class OpenFile:
                 if self.find is not None:
                     base = None if given is None else str(given)
                     given = self.find(str(self.path), base, self.checkpoint.recipe.bases.values())
-                self._based = read_checkpoint(self.path, base=given)
+                self._based = read_checkpoint(self.path, base=given, spare_bases=True)
             except IncompatibleError as error:
                 self._based = error
         if isinstance(self._based, IncompatibleError):

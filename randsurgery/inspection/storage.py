@@ -9,7 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from randsurgery.format.container import TensorInfo
-from randsurgery.format.derivation import SCORES, derivation, payload_name, payload_names
+from randsurgery.format.derivation import (
+    SCORES,
+    derivation,
+    needed_bases,
+    payload_name,
+    payload_names,
+)
 from randsurgery.format.fields import SHARED
 from randsurgery.format.recipe import Member, Recipe
 from randsurgery.format.tensors import RawTensor, byte_count
@@ -169,8 +175,11 @@ def storage(
 
 
 def _base_files(recipe: Recipe, path: str | os.PathLike[str]) -> Iterator[BaseFile]:
-    """The dense files that a recipe names, with their sizes where they lie beside the file."""
-    for ref in recipe.bases.values():
+    """The dense files that a recipe needs, with their sizes where they lie beside the file."""
+    needed = needed_bases(recipe)
+    for key, ref in recipe.bases.items():
+        if key not in needed:
+            continue
         beside = Path(path).with_name(ref.file) if ref.file is not None else None
         there = beside is not None and beside.is_file()
         name = ref.file or ref.origin or "a base without a name"

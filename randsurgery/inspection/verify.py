@@ -65,7 +65,7 @@ def verify_file(
 ) -> VerifyReport:
     """Rebuild every tensor and compare every digest; with ``architecture``, check the network too.
     Raises FileFormatError if unreadable."""
-    with read_checkpoint(path, base=base) as checkpoint:
+    with read_checkpoint(path, base=base, spare_bases=True) as checkpoint:
         assert checkpoint.path is not None
         networks = tuple(check_architecture(checkpoint)) if architecture else None
         return VerifyReport(checkpoint.path.name, tuple(verify(checkpoint)), networks)

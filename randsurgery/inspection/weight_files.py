@@ -130,7 +130,9 @@ def open_networks(
     if not is_checkpoint(container):
         return [_of_others(dict.fromkeys(container.infos, container), title)]
     container.__exit__()
-    found = stack.enter_context(read_checkpoint(path, base=base, need_bases=values))
+    found = stack.enter_context(
+        read_checkpoint(path, base=base, need_bases=values, spare_bases=True)
+    )
     return networks_of(found, title)
 
 

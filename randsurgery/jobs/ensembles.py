@@ -197,7 +197,7 @@ def _part(own: MemberTensor) -> Learned:
 
 
 def _opened(plan: EvalPlan) -> Checkpoint:
-    return open_checkpoint(local_file(plan.file), plan.base)
+    return open_checkpoint(local_file(plan.file), plan.base, spare_bases=True)
 
 
 def _ensemble(checkpoint: Checkpoint, plan: EvalPlan) -> Ensemble:

@@ -14,6 +14,7 @@ from randsurgery.format.canonical import digest
 from randsurgery.format.checkpoint import Checkpoint, Memory
 from randsurgery.format.container import (
     Container,
+    check_network,
     check_not_input,
     check_output,
     pack,
@@ -90,7 +91,7 @@ def _target(checkpoint: Checkpoint, output: str | None, stem: str, kind: str, fo
     if kind == "onnx":
         return check_output(output or f"{stem}.onnx", force=force)
     if kind != "timm":
-        return check_output(output or f"{stem}-{kind}.safetensors", force=force)
+        return check_network(output or f"{stem}-{kind}.safetensors", force=force)
     target = Path(output or f"{stem}-timm")
     if checkpoint.recipe.model is None:
         raise IncompatibleError("the file names no architecture, so there is no timm export")

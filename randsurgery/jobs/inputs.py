@@ -79,7 +79,9 @@ def pick_device(name: str) -> torch.device:
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UsageError(f"--device {name} is not available here ({reason(error, 160)})") from None
+        said = reason(error, 160)
+        why = "" if said.startswith("Could not run") else f" ({said})"
+        raise UsageError(f"--device {name} is not available here{why}") from None
     return device
 
 

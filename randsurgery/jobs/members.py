@@ -17,7 +17,7 @@ from randsurgery.format.checkpoint import Checkpoint, is_safetensors, read_check
 from randsurgery.format.container import check_network, check_not_input
 from randsurgery.format.fields import SHARED
 from randsurgery.format.members import check_names, first_fault, pick, renamed, with_own
-from randsurgery.format.shards import files_behind
+from randsurgery.format.shards import read_behind
 from randsurgery.format.specs import ModelSpec
 from randsurgery.format.writing import finish, write_checkpoint
 from randsurgery.jobs.convert import ConvertPlan, converted
@@ -106,7 +106,7 @@ def prepare_add(
     if any(Path(one).resolve() == Path(file).resolve() for one in incoming.files):
         raise UsageError(f"{file} has its members already; name other files to add")
     target = in_place(file, output, force=force)
-    check_not_input(target, _read_by(incoming))
+    check_not_input(target, (*_read_by(incoming), *_bases_of(file)))
     notes: list[str] = []
     with contextlib.ExitStack() as stack:
         found = stack.enter_context(_open_file(local_file(file), incoming.base))
@@ -134,6 +134,7 @@ def prepare_remove(
     """An ensemble without those members, into ``output`` or in place. Raises UsageError for an
     unknown member, or if none would be left."""
     target = in_place(file, output, force=force)
+    check_not_input(target, _bases_of(file))
     with contextlib.ExitStack() as stack:
         found = stack.enter_context(_open_file(local_file(file), base))
         gone = {found.member(name).name for name in names}
@@ -160,7 +161,7 @@ def prepare_extract(
     member."""
     path = local_file(file)
     target = check_network(output or f"{Path(path).stem}-{name}.safetensors", force=force)
-    check_not_input(target, [path])
+    check_not_input(target, read_behind(path))
     with contextlib.ExitStack() as stack:
         found = stack.enter_context(_open_file(path, base))
         alone = pick(found, [name])
@@ -190,8 +191,13 @@ def _open_file(path: str, base: str | None) -> Checkpoint:
     return open_checkpoint(path, base if builds else None)
 
 
+def _bases_of(file: str) -> tuple[Path, ...]:
+    """What a file builds on, which may not be written over although the file itself may."""
+    return read_behind(file)[1:]
+
+
 def _read_by(incoming: Incoming) -> list[Path]:
-    return [file for path in (*incoming.files, incoming.base) for file in files_behind(path)]
+    return [file for path in (*incoming.files, incoming.base) for file in read_behind(path)]
 
 
 def _opened(

@@ -31,10 +31,10 @@ def open_network(
                 f"{spec.name}: no such file; for weights of that architecture pass --checkpoint or "
                 f"--pretrained, and random ones `randsurgery init {spec.name}` writes"
             )
-        return open_file(spec)
+        return open_file(spec, spare_bases=True)
     spec = resolve_source(spec)
     if spec.is_file:
-        return open_file(spec)
+        return open_file(spec, spare_bases=True)
     asked = {"img_size": options.img_size, "in_chans": options.in_chans}
     given = {key: value for key, value in asked.items() if value is not None}
     spec = without_idle_size(replace(spec, args={**given, **spec.args}))

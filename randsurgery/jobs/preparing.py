@@ -25,6 +25,7 @@ from randsurgery.format.container import (
     check_picture,
 )
 from randsurgery.format.specs import DatasetSpec
+from randsurgery.format.writing import check_not_base
 from randsurgery.jobs.inputs import (
     DataOptions,
     describe,
@@ -173,6 +174,7 @@ def prepare(
     notes += decided
     resident = isinstance(images.train, Resident)
     check_augmentation(settings, look, resident=resident, size=len(images.train))
+    check_not_base(output, checkpoint.recipe)
     checkpoint = describe(checkpoint, look, images.dataset, images.classes, classes)
     return Prepared(
         plan, checkpoint, images.dataset, tuple(notes), images, settings, device, output

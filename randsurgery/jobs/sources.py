@@ -20,10 +20,11 @@ from randsurgery.format.rebuild import check_affordable
 from randsurgery.format.recipe import (
     MaskOverlay,
     Member,
+    RandomSource,
     Recipe,
     ScatterOverlay,
 )
-from randsurgery.format.shards import CONFIG, files_behind, weights_in
+from randsurgery.format.shards import CONFIG, read_behind, weights_in
 from randsurgery.jobs.hub import (
     PREFIX,
     config_of,
@@ -54,7 +55,7 @@ class SourceSpec:
     a file takes. ``scaled_for``: k for scaled distributions. ``ema``: the average of
     ``checkpoint``'s weights. ``look``: the preprocessing of dense weights as timm's
     ``pretrained_cfg`` has it, {} for the architecture's. ``origin``, ``revision``: where
-    ``checkpoint`` was fetched from, if it was.
+    ``checkpoint`` was fetched from, if it was. ``chosen``: ``init`` was given, not a default.
     """
 
     name: str
@@ -69,13 +70,14 @@ class SourceSpec:
     origin: str | None = None
     revision: str | None = None
     args: dict[str, ArgValue] = field(default_factory=dict)
+    chosen: bool = False
 
     @property
     def inputs(self) -> tuple[Path, ...]:
         """The files that are read, as far as they are given."""
         own = self.name if self.is_file or self.is_folder else None
         return tuple(
-            file for path in (own, self.checkpoint, self.base) for file in files_behind(path)
+            file for path in (own, self.checkpoint, self.base) for file in read_behind(path)
         )
 
     @property
@@ -101,7 +103,8 @@ def resolve_source(spec: SourceSpec, seed: int = 0, init: Init = "signed-constan
         spec = _in_folder(spec)
     if spec.is_file:
         return spec
-    return replace(spec, init=spec.init or init, seed=seed if spec.seed is None else spec.seed)
+    drawn = {"init": spec.init or init, "seed": seed if spec.seed is None else spec.seed}
+    return replace(spec, chosen=spec.chosen or spec.init is not None, **drawn)  # type: ignore[arg-type]
 
 
 def _fetched(spec: SourceSpec) -> SourceSpec:
@@ -168,9 +171,12 @@ def open_source(spec: SourceSpec, notes: list[str] | None = None) -> Checkpoint:
     return made
 
 
-def open_file(spec: SourceSpec, *, need_bases: bool = True) -> Checkpoint:
+def open_file(
+    spec: SourceSpec, *, need_bases: bool = True, spare_bases: bool = False
+) -> Checkpoint:
     """The network in a file, its members as they are. Raises RandsurgeryError, also for options
-    that go with an architecture. ``need_bases`` false: for what its masks alone say."""
+    that go with an architecture. ``need_bases`` false: for what its masks alone say;
+    ``spare_bases``: for a network that is used as it is."""
     given = {
         "--init": spec.init,
         "a seed of the weights": spec.seed is not None,
@@ -187,7 +193,7 @@ def open_file(spec: SourceSpec, *, need_bases: bool = True) -> Checkpoint:
             )
     if not need_bases:
         return read_checkpoint(local_file(spec.name), need_bases=False)
-    return open_checkpoint(spec.name, spec.base)
+    return open_checkpoint(spec.name, spec.base, spare_bases=spare_bases)
 
 
 def masked_tensors(recipe: Recipe, member: Member) -> set[str]:
@@ -218,6 +224,9 @@ def _open_dense(spec: SourceSpec, notes: list[str] | None) -> Checkpoint:
             notes=notes,
         )  # fmt: skip
         stack.pop_all()
+    drawn = any(isinstance(e.source, RandomSource) for e in made.recipe.tensors.values())
+    if spec.chosen and not drawn and notes is not None:
+        notes.append(f"--init {spec.init} draws nothing: all weights are the checkpoint's")
     return made
 
 

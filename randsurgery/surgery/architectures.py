@@ -119,7 +119,7 @@ def _create(spec: ModelSpec) -> nn.Module:
     except RandsurgeryError:
         raise
     except Exception as error:  # whatever the architecture's own code raises
-        args = ", ".join(f"{k}={v}" for k, v in spec.args.items())
+        args = ", ".join(f"{k}={v}" for k, v in arguments_of(spec).items())
         raise IncompatibleError(
             f"{spec.name} cannot be built with {args}: {reason(error, 300)}"
         ) from None

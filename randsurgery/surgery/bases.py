@@ -169,7 +169,10 @@ def given_base(
 
 
 def open_checkpoint(
-    path: str | os.PathLike[str], base: str | os.PathLike[str] | None = None
+    path: str | os.PathLike[str],
+    base: str | os.PathLike[str] | None = None,
+    *,
+    spare_bases: bool = False,
 ) -> Checkpoint:
     """``read_checkpoint`` that finds bases of all kinds: the one given, or one beside the file."""
     with contextlib.ExitStack() as stack:
@@ -181,7 +184,7 @@ def open_checkpoint(
             return found
     if base is None:
         base = beside(path, [ref.file for ref in refs if ref.file is not None])
-    return read_checkpoint(path, base=given_base(base, wanted))
+    return read_checkpoint(path, base=given_base(base, wanted), spare_bases=spare_bases)
 
 
 # --- what a folder says of its weights ------------------------------------------------------------

@@ -8,6 +8,7 @@ neither is taken.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -267,13 +268,21 @@ def _unfit(
     if missing:
         more = _more(missing, "and", {})
         told.append(f"lacks {missing[0]!r}{'' if extra else f' of {arch}'}{more}")
-    if partly := _some_prefixed(own, wanted):
+    if partly := prefix_hint(own, wanted):
         return "; it ".join(told) + partly
     return "; it ".join(told) + (near(extra[0], wanted) if extra else near(missing[0], own))
 
 
-def _some_prefixed(own: Collection[str], wanted: Collection[str]) -> str:
-    """What there is to say where a prefix would make most names fit, but some do not bear it."""
+def prefix_hint(own: Collection[str], wanted: Collection[str]) -> str:
+    """What there is to say where a prefix would make most names fit, but some do not bear it, or
+    several prefixes would."""
+    fitting = Counter(name.partition(".")[0] for name in own if name.partition(".")[2] in wanted)
+    whole = sorted(f"{first}." for first, count in fitting.items() if count > len(wanted) * 0.9)
+    if len(whole) > 1:
+        return (
+            f"; it holds several networks, under {' and '.join(map(repr, whole))}: save the one "
+            "that is meant alone, without the prefix"
+        )
     for prefix in PREFIXES:
         bearing = [n for n in own if n.startswith(prefix) and n[len(prefix) :] in wanted]
         if len(bearing) > len(own) // 2:
@@ -312,7 +321,7 @@ def pruned(names: Collection[str], wanted: Collection[str]) -> list[str]:
 def pruning_note(masks: Collection[str]) -> str:
     """What there is to say of tensors that were pruned."""
     return (
-        f"{len(masks)} tensors are pruned (torch.nn.utils.prune): zero where their masks are, "
+        f"pruned by torch.nn.utils.prune: {len(masks)} of the tensors, zero where their masks are, "
         "which later training keeps"
     )
 

@@ -28,6 +28,7 @@ from randsurgery.surgery.checkpoints import (
     counts_note,
     missing_counts,
     plain_names,
+    prefix_hint,
     pruned,
     pruning_note,
     says_arch,
@@ -162,7 +163,7 @@ def _take(
     if name not in wanted:
         raise IncompatibleError(
             f"{file}: tensor {own!r} is not one of {arch}, nor known from hidden-networks"
-            + (_told(base.about, arch) or near(weight, wanted))
+            + (_told(base.about, arch) or prefix_hint(base.names, wanted) or near(weight, wanted))
         )
     raw = base.tensors.read(own)
     shaped = _reshaped(raw, wanted[name])

@@ -92,9 +92,12 @@ def read_pickle(path: Path, *, mapped: bool = False) -> Any:
         ) from None
     except Exception as error:  # truncated archives, foreign files
         why = reason(error).split(":")[0]
+        cut_off = isinstance(error, OSError) or "PytorchStreamReader" in why
         told = f" ({why})" if any(c.isalpha() for c in why) and "EOF" not in why else ""
         raise FileFormatError(
-            f"{path.name}: damaged, or not a checkpoint of torch.save{told}"
+            f"{path.name}: truncated or damaged; fetch it again"
+            if cut_off
+            else f"{path.name}: damaged, or not a checkpoint of torch.save{told}"
         ) from None
 
 

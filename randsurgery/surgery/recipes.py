@@ -315,5 +315,9 @@ def pruning_mask(raw: RawTensor, name: str, shape: tuple[int, ...]) -> Mask:
     others than 0 and 1, or another shape than its weight."""
     values = to_torch(raw)
     if raw.shape != shape or not bool(((values == 0) | (values == 1)).all()):
-        raise IncompatibleError(f"{name!r} is no mask, expected 0 and 1 in the shape {list(shape)}")
+        found = f"has the shape {list(raw.shape)}" if raw.shape != shape else "holds other values"
+        raise IncompatibleError(
+            f"{name!r} is no mask, expected 0 and 1 in the shape {list(shape)}, but it {found}; "
+            "torch.nn.utils.prune.remove makes the pruning permanent: save the state dict after it"
+        )
     return Mask.of((values != 0).numpy())
