@@ -689,8 +689,8 @@ def test_the_file_is_closed_if_the_ensemble_cannot_be(
     made: list[Checkpoint] = []
     whole = rs.api.open_checkpoint
 
-    def recorded(*arguments: Any) -> Checkpoint:
-        made.append(whole(*arguments))
+    def recorded(*arguments: Any, **options: Any) -> Checkpoint:
+        made.append(whole(*arguments, **options))
         return made[-1]
 
     monkeypatch.setattr(rs.api, "open_checkpoint", recorded)

@@ -214,9 +214,9 @@ def test_a_fixed_head_replaces_a_learned_one() -> None:
 
 def test_plain_exports_refuse_a_fixed_head_with_the_reason(tmp_path: Path) -> None:
     rs.save(tmp_path / "h.safetensors", with_fixed_head(conv2(), "hadamard"))
-    for kind in ("dense", "timm"):
+    for kind, name in (("dense", "d.safetensors"), ("timm", "folder")):
         made = CliRunner().invoke(app, ["export", str(tmp_path / "h.safetensors"), "--format", kind,
-                                        "-o", str(tmp_path / kind)])  # fmt: skip
+                                        "-o", str(tmp_path / name)])  # fmt: skip
         assert made.exit_code == 4
         assert "normalises its input" in made.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["h.safetensors"]
