@@ -34,12 +34,11 @@ from randsurgery.format.writing import finish, write_checkpoint
 from randsurgery.inspection.members import list_members
 from randsurgery.jobs.ensembles import EvalPlan, run_eval
 from randsurgery.jobs.inputs import DataOptions, describe
-from randsurgery.surgery import popup
+from randsurgery.surgery.edge_popup import Popup
 from randsurgery.surgery.ensembles import Ensemble
 from randsurgery.surgery.learning import learn_plan
 from randsurgery.surgery.modules import build, harvest, meta_module
 from randsurgery.surgery.plans import Freeze, make_plan, with_plan
-from randsurgery.surgery.popup import Popup
 from randsurgery.surgery.recipes import make_recipe
 from randsurgery.surgery.resident import Resident
 from randsurgery.training.catalogue import input_for
@@ -53,7 +52,7 @@ def member(start: Checkpoint, kind: str, seed: int, size: int) -> Checkpoint:
     model = build(start)
     draw = torch.Generator().manual_seed(seed)
     if kind == "popup":
-        popup.attach(model, Popup("0.3", seed=seed))
+        Popup("0.3", seed=seed).attach(model)
     else:
         wish = Freeze(fraction="0.1", least=1) if kind == "share" else Freeze(only=("@head",))
         start = with_plan(start, make_plan(meta_module(start), wish))

@@ -22,11 +22,12 @@ from torch import nn
 import randsurgery
 from benchmarks.papers import SEEDS, Results, Splits, load
 from randsurgery.format.checkpoint import Checkpoint
+from randsurgery.surgery.edge_popup import Popup
 from randsurgery.surgery.initialisers import Init
 from randsurgery.surgery.learning import learn_plan
 from randsurgery.surgery.modules import build, harvest
-from randsurgery.surgery.popup import Popup
-from randsurgery.surgery.supermask import Sampler, Supermask
+from randsurgery.surgery.supermask import Supermask
+from randsurgery.surgery.supermask_scores import Sampler
 from randsurgery.training.evaluate import evaluate
 from randsurgery.training.loop import fit
 from randsurgery.training.settings import TrainSettings

@@ -27,11 +27,10 @@ from randsurgery.format.checkpoint import Checkpoint
 from randsurgery.format.recipe import Plan
 from randsurgery.format.specs import DatasetSpec
 from randsurgery.jobs.sources import flatten
-from randsurgery.surgery import popup
+from randsurgery.surgery.edge_popup import Popup
 from randsurgery.surgery.learning import learn_plan
 from randsurgery.surgery.modules import build, harvest, meta_module
 from randsurgery.surgery.plans import Freeze, count_layers, everything, make_plan, with_plan
-from randsurgery.surgery.popup import Popup
 from randsurgery.surgery.recipes import make_recipe
 from randsurgery.training.data import Data
 from randsurgery.training.datasets import open_data
@@ -102,7 +101,7 @@ def members(
         own = replace(settings, seed=1000 * (seed + 1) + index)
         model = build(start)
         if kind == POPUP:
-            popup.attach(model, Popup("0.5", seed=own.seed))
+            Popup("0.5", seed=own.seed).attach(model)
             learned += sum(p.numel() for p in model.parameters() if p.requires_grad)
         else:
             planned = with_plan(start, plan_of(start, kind))

@@ -24,16 +24,16 @@ from randsurgery.format import checkpoint as files
 from randsurgery.format.checkpoint import Checkpoint
 from randsurgery.format.recipe import Recipe
 from randsurgery.format.writing import write_checkpoint
-from randsurgery.surgery import popup, supermask
 from randsurgery.surgery.arguments import as_checkpoint, check_module
 from randsurgery.surgery.bases import open_checkpoint
+from randsurgery.surgery.edge_popup import Popup
 from randsurgery.surgery.ensembles import Engine, Ensemble
 from randsurgery.surgery.heads import FixedKind, check_fixed_kind, with_fixed_head
 from randsurgery.surgery.initialisers import check_seed
 from randsurgery.surgery.learning import learn_plan
+from randsurgery.surgery.method import Method, Scoring
 from randsurgery.surgery.modules import build, harvest, meta_module
 from randsurgery.surgery.plans import Freeze, make_plan, with_plan, zero_filled
-from randsurgery.surgery.popup import Popup
 from randsurgery.surgery.recipes import make_recipe
 from randsurgery.surgery.scores import unmasked
 from randsurgery.surgery.supermask import Supermask
@@ -150,7 +150,7 @@ def fix_head(
     return with_fixed_head(as_checkpoint(recipe), fixed, seed=check_seed(seed), scale=scale)
 
 
-def attach(model: nn.Module, what: Popup | Supermask | Checkpoint | Recipe) -> nn.Module:
+def attach(model: nn.Module, what: Method | Checkpoint | Recipe) -> nn.Module:
     """Make a module learn one part of itself and nothing else. In place; any nn.Module will do.
 
     A ``Popup`` or a ``Supermask`` gives every convolution and linear weight a score, which is
@@ -161,10 +161,10 @@ def attach(model: nn.Module, what: Popup | Supermask | Checkpoint | Recipe) -> n
     Raises UsageError or IncompatibleError.
     """
     check_module(model)
-    if not isinstance(what, (Popup, Supermask)):
+    if not isinstance(what, Method):
         return learn_plan(model, as_checkpoint(what))
-    left = unmasked(model, what)
-    found = popup.attach(model, what) if isinstance(what, Popup) else supermask.attach(model, what)
+    left = unmasked(model, what) if isinstance(what, Scoring) else None
+    found = what.attach(model)
     if left:
         warnings.warn(left, RandsurgeryWarning, stacklevel=2)
     return found

@@ -12,6 +12,7 @@ from torch import nn
 from randsurgery.format.checkpoint import Checkpoint, Memory, read_checkpoint
 from randsurgery.format.container import pack
 from randsurgery.format.writing import write_checkpoint
+from randsurgery.surgery.method import Method
 from randsurgery.surgery.recipes import make_recipe
 from randsurgery.surgery.tensors import from_torch
 from randsurgery.training.settings import TrainSettings
@@ -57,6 +58,11 @@ def logits(model: nn.Module, size: int = 32, channels: int = 3, count: int = 2) 
     images = torch.linspace(-1, 1, count * channels * size * size).view(count, channels, size, size)
     with torch.no_grad():
         return model.eval()(images)
+
+
+def attach(model: nn.Module, method: Method) -> nn.Module:
+    """The method on the module, without the warnings of the library's own function."""
+    return method.attach(model)
 
 
 def conv2(**more: Any) -> Checkpoint:

@@ -19,6 +19,7 @@ import yaml
 from surgery_helpers import (
     CONV2,
     assert_same_state,
+    attach,
     conv2,
     logits,
     same_bits,
@@ -32,8 +33,8 @@ from typer.testing import CliRunner, Result
 import randsurgery as rs
 from randsurgery.cli.app import app
 from randsurgery.format.container import Container
+from randsurgery.surgery.edge_popup import Popup
 from randsurgery.surgery.modules import build, harvest
-from randsurgery.surgery.popup import Popup, attach
 from randsurgery.surgery.recipes import make_recipe
 
 QUICK = ("--width", "0.1", "--epochs", "1", "-b", "256")

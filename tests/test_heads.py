@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from surgery_helpers import CONV2, conv2, logits, same_bits
+from surgery_helpers import CONV2, attach, conv2, logits, same_bits
 from torch import nn
 from typer.testing import CliRunner
 
@@ -18,6 +18,7 @@ import randsurgery as rs
 from randsurgery.cli.app import app
 from randsurgery.errors import IncompatibleError, UsageError
 from randsurgery.inspection.storage import storage
+from randsurgery.surgery.edge_popup import Popup
 from randsurgery.surgery.heads import (
     FixedClassifier,
     FixedKind,
@@ -31,7 +32,6 @@ from randsurgery.surgery.heads import (
 from randsurgery.surgery.learning import learn_plan
 from randsurgery.surgery.modules import build, harvest, meta_module
 from randsurgery.surgery.plans import Freeze, everything, make_plan, with_plan
-from randsurgery.surgery.popup import Popup, attach
 from randsurgery.surgery.recipes import make_recipe
 
 KINDS: tuple[FixedKind, ...] = ("orthonormal", "hadamard")

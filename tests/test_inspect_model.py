@@ -12,7 +12,7 @@ import timm
 import torch
 from format_helpers import raw_file
 from inspect_helpers import fails, in_terminal, run, succeed
-from surgery_helpers import CONV2, TABLE_1, conv2, save_dense, write
+from surgery_helpers import CONV2, TABLE_1, attach, conv2, save_dense, write
 from torch import nn
 
 import randsurgery as rs
@@ -23,9 +23,9 @@ from randsurgery.format.specs import Calibration, DatasetSpec, InputSpec
 from randsurgery.inspection.grouping import MOST, ROWS, natural, place
 from randsurgery.inspection.model import inspect_model
 from randsurgery.jobs.ensembles import learned_parameters
+from randsurgery.surgery.edge_popup import Popup
 from randsurgery.surgery.modules import build, harvest, meta_module
 from randsurgery.surgery.plans import Freeze, count_layers, make_plan, with_plan
-from randsurgery.surgery.popup import Popup, attach
 from randsurgery.surgery.recipes import make_recipe
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -134,6 +134,7 @@ def test_commands_do_not_import_each_other() -> None:
         "cli.app",
         "cli.common",
         "cli.files",
+        "cli.methods",
         "cli.options",
         "cli.predicting",
         "cli.render",
@@ -240,7 +241,7 @@ BORROWED = {
 # where Python's and NumPy's are: saved before and restored after, around timm's transforms
 LENT = {"training.augmentation.seeded"}
 # what a training step draws, as dropout does, from the generator that ``fit`` borrows
-SAMPLED = [("surgery.supermask.SupermaskScores.choose", "torch.rand_like")]
+SAMPLED = [("surgery.supermask_scores.SupermaskScores.choose", "torch.rand_like")]
 DRAWS = re.compile(
     r"torch\.(rand\w*|normal|bernoulli|multinomial|manual_seed|seed|initial_seed"
     r"|(get|set)_rng_state)|torch\.cuda\.(manual_seed\w*|seed\w*|(get|set)_rng_state\w*)"

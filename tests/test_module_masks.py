@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import randsurgery as rs
-from randsurgery.surgery import popup as popup_module
+from randsurgery.surgery import popup_scores as popup_module
 from randsurgery.surgery.masking import Scores
 from randsurgery.surgery.scores import attached, harvest
 

@@ -15,6 +15,7 @@ import torch
 from surgery_helpers import (
     Everything,
     assert_same_state,
+    attach,
     conv2,
     everything,
     logits,
@@ -37,9 +38,9 @@ from randsurgery.inspection.storage import storage
 from randsurgery.jobs.export import self_contained
 from randsurgery.jobs.sources import SourceSpec, flatten, open_source
 from randsurgery.surgery.bases import Base, read_base
+from randsurgery.surgery.edge_popup import Popup
 from randsurgery.surgery.heads import with_head
 from randsurgery.surgery.modules import build, harvest
-from randsurgery.surgery.popup import Popup, attach
 from randsurgery.surgery.recipes import make_recipe, make_recipe_on_base
 from randsurgery.surgery.scores import attached
 

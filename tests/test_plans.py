@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from slice_helpers import net, steps
+from surgery_helpers import attach, logits, same_bits
 from surgery_helpers import everything as every_layer
-from surgery_helpers import logits, same_bits
 from torch import nn
 
 import randsurgery as rs
@@ -19,6 +19,7 @@ from randsurgery.format.recipe import ConstantSource, Learned, Plan
 from randsurgery.format.tensors import hex_float
 from randsurgery.inspection.storage import storage
 from randsurgery.surgery import slices
+from randsurgery.surgery.edge_popup import Popup
 from randsurgery.surgery.learning import learn_plan
 from randsurgery.surgery.modules import build, harvest, meta_module, plain_state
 from randsurgery.surgery.plans import (
@@ -29,7 +30,6 @@ from randsurgery.surgery.plans import (
     with_plan,
     zero_filled,
 )
-from randsurgery.surgery.popup import Popup, attach
 from randsurgery.surgery.recipes import make_recipe
 
 # --- plans ----------------------------------------------------------------------------------------

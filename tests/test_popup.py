@@ -10,14 +10,23 @@ import numpy as np
 import pytest
 import timm
 import torch
-from surgery_helpers import MASKED, Everything, bits, everything, logits, same_bits, train_steps
+from surgery_helpers import (
+    MASKED,
+    Everything,
+    attach,
+    bits,
+    everything,
+    logits,
+    same_bits,
+    train_steps,
+)
 from torch import nn
 from torch.nn.utils import parametrizations
 
 from randsurgery.errors import DivergedError, IncompatibleError, UsageError
 from randsurgery.format.generator import generate
-from randsurgery.surgery import popup
-from randsurgery.surgery.popup import Popup, attach
+from randsurgery.surgery import popup_scores
+from randsurgery.surgery.edge_popup import Popup
 from randsurgery.surgery.roles import select_modules
 from randsurgery.surgery.scores import attached, flipped_share, harvest
 
@@ -118,7 +127,7 @@ def test_the_blockwise_gradient_equals_the_formula(shape: tuple[int, ...]) -> No
     if len(shape) == 4:
         gradient = gradient.contiguous(memory_format=torch.channels_last)
         weight = weight.contiguous(memory_format=torch.channels_last)
-    found = popup.score_gradient(gradient, weight, scores)
+    found = popup_scores.score_gradient(gradient, weight, scores)
     assert torch.equal(found, gradient * weight * scores.sign())
 
 
@@ -138,13 +147,13 @@ def test_two_forwards_and_two_backwards_add_up() -> None:
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The tensor name of each selection made."""
     found: list[str] = []
-    whole = popup.select
+    whole = popup_scores.select
 
     def counted(scores: object, weight: object, zeroed: int, bracket: object, name: str) -> object:
         found.append(name)
         return whole(scores, weight, zeroed, bracket, name)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(popup, "select", counted)
+    monkeypatch.setattr(popup_scores, "select", counted)
     return found
 
 

@@ -16,7 +16,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from surgery_helpers import conv2, quick, save_dense, write, write_images
+from surgery_helpers import attach, conv2, quick, save_dense, write, write_images
 from torch import nn
 from typer.testing import CliRunner, Result
 
@@ -30,8 +30,8 @@ from randsurgery.format.specs import DatasetSpec, InputSpec
 from randsurgery.jobs import predict as job
 from randsurgery.jobs.inputs import DataOptions, look_for_file
 from randsurgery.jobs.sources import SourceSpec
+from randsurgery.surgery.edge_popup import Popup
 from randsurgery.surgery.modules import build
-from randsurgery.surgery.popup import Popup, attach
 from randsurgery.training import images as images_module
 from randsurgery.training.data import Data, Resident
 from randsurgery.training.datasets import folder_data, open_data, open_images

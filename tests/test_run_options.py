@@ -16,15 +16,15 @@ import torch
 import yaml
 from ensemble_helpers import TINY, Json, one_thread, run, said, succeed
 from PIL import Image
-from surgery_helpers import assert_same_state, conv2, quick, same_bits, write_images
+from surgery_helpers import assert_same_state, attach, conv2, quick, same_bits, write_images
 from torch import nn
 
 import randsurgery as rs
 from randsurgery.cli.app import spread
 from randsurgery.errors import DataError, UsageError
 from randsurgery.format.specs import DatasetSpec
+from randsurgery.surgery.edge_popup import Popup
 from randsurgery.surgery.modules import build
-from randsurgery.surgery.popup import Popup, attach
 from randsurgery.training.averaging import Average, decay_at
 from randsurgery.training.catalogue import input_for
 from randsurgery.training.data import Resident

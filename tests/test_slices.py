@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from slice_helpers import batch, net, part_of, steps
-from surgery_helpers import same_bits
+from surgery_helpers import attach, same_bits
 from torch import nn
 from torch.func import functional_call
 from torch.nn.utils import parametrize
@@ -18,6 +18,7 @@ from randsurgery.format.checkpoint import Checkpoint
 from randsurgery.format.masks import Mask
 from randsurgery.format.recipe import Learned, Plan
 from randsurgery.surgery import slices
+from randsurgery.surgery.edge_popup import Popup
 from randsurgery.surgery.heads import with_fixed_head
 from randsurgery.surgery.learning import learn_plan, survivor_mask
 from randsurgery.surgery.modules import build, harvest, meta_module, plain_state
@@ -29,7 +30,6 @@ from randsurgery.surgery.plans import (
     with_plan,
     zero_filled,
 )
-from randsurgery.surgery.popup import Popup, attach
 from randsurgery.surgery.recipes import make_recipe
 from randsurgery.surgery.sliced_layers import Sliced
 

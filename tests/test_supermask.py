@@ -10,7 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from surgery_helpers import MASKED, assert_same_state, everything, logits, same_bits, train_steps
+from surgery_helpers import (
+    MASKED,
+    assert_same_state,
+    attach,
+    everything,
+    logits,
+    same_bits,
+    train_steps,
+)
 from torch import nn
 from torch.nn.utils import parametrize
 from typer.testing import CliRunner
@@ -22,12 +30,12 @@ from randsurgery.errors import IncompatibleError, UsageError
 from randsurgery.format.checkpoint import read_checkpoint
 from randsurgery.format.generator import generate
 from randsurgery.jobs.popup import PopupPlan, prepare_popup, run_popup
+from randsurgery.surgery.edge_popup import Popup
 from randsurgery.surgery.modules import build, harvest, plain_state
-from randsurgery.surgery.popup import Popup
-from randsurgery.surgery.popup import attach as attach_popup
 from randsurgery.surgery.recipes import make_recipe
 from randsurgery.surgery.scores import attached
-from randsurgery.surgery.supermask import Sampler, Supermask, attach, sampled_bits
+from randsurgery.surgery.supermask import Supermask
+from randsurgery.surgery.supermask_scores import Sampler, sampled_bits
 from randsurgery.training.loop import Hooks
 
 QUICK = ("--width", "0.1", "--epochs", "1", "-b", "256")
@@ -168,7 +176,7 @@ def test_scores_of_another_kind_are_not_sampled() -> None:
     recipe = make_recipe("conv2", seed=1, args={"width": 0.1, "num_classes": 10})
     with pytest.raises(IncompatibleError, match="holds no scores"):
         Sampler(recipe)
-    model = attach_popup(build(recipe), Popup("0.5"))
+    model = attach(build(recipe), Popup("0.5"))
     with pytest.raises(IncompatibleError, match="scores of edge-popup"):
         Sampler(harvest(recipe, model, scores=True))
 

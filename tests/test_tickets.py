@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from surgery_helpers import same_bits
+from surgery_helpers import attach, same_bits
 from typer.testing import CliRunner
 
 import randsurgery as rs
@@ -17,10 +18,10 @@ from randsurgery.cli.app import app
 from randsurgery.errors import IncompatibleError, UsageError
 from randsurgery.format.checkpoint import Checkpoint
 from randsurgery.inspection.storage import storage
+from randsurgery.surgery.edge_popup import Popup
 from randsurgery.surgery.initialisers import kept_count
 from randsurgery.surgery.learning import survivor_mask
 from randsurgery.surgery.modules import build, harvest
-from randsurgery.surgery.popup import Popup, attach, shares
 from randsurgery.surgery.recipes import make_recipe
 from randsurgery.surgery.tickets import rethresholded, with_masks
 
@@ -45,14 +46,14 @@ def counts(checkpoint: Checkpoint) -> dict[str, int]:
 def test_the_last_pattern_that_matches_a_layer_decides() -> None:
     model = build(make_recipe("conv2", args=SMALL))
     wish = Popup("0.3", k_for=(("features.*", "0.5"), ("features.2", "1"), ("@head", "0.25")))
-    found = {name: str(share) for name, share in shares(model, wish).items()}
+    found = {name: str(share) for name, share in wish.shares(model).items()}
     assert found == {"features.0.weight": "1/2", "features.2.weight": "1", "fc1.weight": "3/10",
                      "fc2.weight": "3/10", "fc.weight": "1/4"}  # fmt: skip
     attach(model, wish)
     ended = harvest(make_recipe("conv2", args=SMALL), model)
     sizes = {name: entry.size for name, entry in ended.recipe.tensors.items()}
     kept = {name: kept_count(share, sizes[name]) for name, share in
-            shares(build(make_recipe("conv2", args=SMALL)), wish).items()}  # fmt: skip
+            wish.shares(build(make_recipe("conv2", args=SMALL))).items()}  # fmt: skip
     assert counts(ended) == kept
 
 
@@ -83,7 +84,7 @@ def test_a_pattern_for_a_layer_that_is_skipped_is_refused() -> None:
 @pytest.mark.parametrize("k", ["0.1", "0.7", "1"])
 def test_masks_chosen_anew_are_those_of_the_scores(k: str) -> None:
     before = scored()
-    after = rethresholded(before, Popup(k))
+    after = rethresholded(before, Fraction(k))
     assert not after.member().scores
     for name in before.member().scores:
         magnitudes = np.abs(before.scores(name)).ravel()
@@ -102,10 +103,10 @@ def test_masks_chosen_anew_are_those_of_the_scores(k: str) -> None:
 def test_files_without_scores_of_edge_popup_are_refused() -> None:
     recipe = make_recipe("conv2", args=SMALL)
     with pytest.raises(IncompatibleError, match=r"no scores.*--save-scores"):
-        rethresholded(recipe, Popup("0.5"))
+        rethresholded(recipe, Fraction("0.5"))
     model = rs.attach(build(recipe), rs.Supermask())
     with pytest.raises(IncompatibleError, match="of a supermask"):
-        rethresholded(harvest(recipe, model, scores=True), Popup("0.5"))
+        rethresholded(harvest(recipe, model, scores=True), Fraction("0.5"))
 
 
 # --- masks on other weights -----------------------------------------------------------------------

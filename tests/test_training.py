@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from surgery_helpers import assert_same_state, conv2, quick, same_bits, write_images
+from surgery_helpers import assert_same_state, attach, conv2, quick, same_bits, write_images
 from torch import nn
 
 from randsurgery.errors import (
@@ -28,8 +28,8 @@ from randsurgery.format.canonical import canonical_json
 from randsurgery.format.container import pack
 from randsurgery.format.specs import DatasetSpec, InputSpec
 from randsurgery.format.writing import write_checkpoint
+from randsurgery.surgery.edge_popup import Popup
 from randsurgery.surgery.modules import build, harvest
-from randsurgery.surgery.popup import Popup, attach
 from randsurgery.training.augmentation import augment, moves
 from randsurgery.training.catalogue import DATASETS, input_for, recipe, recipe_name
 from randsurgery.training.data import Data, Resident, normalisation

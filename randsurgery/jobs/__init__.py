@@ -16,6 +16,8 @@ Modules import only those above them in this list:
     preparing  what a training job is told, checked
     runs      what all training jobs share: train, write, say what was done
     onnx      a network as an ONNX file
+    fixed_masks  masks of another file, or chosen anew from scores, as methods
+    methods   the ways to find masks that popup knows
     init, freeze, popup, train, evaluate, predict, export, convert   one module a command
     parts     the folder in which a build keeps its members
     build     ensembles: members trained one after another

@@ -29,7 +29,7 @@ from randsurgery.jobs.records import keep_base, metrics_path, write_settings
 from randsurgery.jobs.runs import Technique
 from randsurgery.jobs.settling import told
 from randsurgery.jobs.sources import flatten, in_memory
-from randsurgery.surgery import popup
+from randsurgery.surgery.edge_popup import Popup
 from randsurgery.surgery.ensembles import joined
 from randsurgery.surgery.initialisers import parse_fraction
 from randsurgery.surgery.learning import learn_plan, survivor_counts
@@ -41,7 +41,6 @@ from randsurgery.surgery.plans import (
     make_plan,
     with_plan,
 )
-from randsurgery.surgery.popup import Popup
 from randsurgery.surgery.roles import has_norms
 from randsurgery.surgery.scores import resolve
 from randsurgery.training.catalogue import WITHOUT_NORMS_LR
@@ -204,7 +203,7 @@ def _sizes(plan: BuildPlan, start: Checkpoint, shell: nn.Module) -> tuple[int, i
         return sum(row.learned for row in rows), sum(row.total for row in rows)
     wish = _popup(plan, 0)
     targets, _ = resolve(shell, wish)
-    popup.shares(shell, wish)  # which checks k
+    wish.shares(shell)  # which checks k
     each = sum(getattr(module, leaf).numel() for _, module, leaf in targets)
     return each, sum(row.total for row in rows)
 
@@ -349,7 +348,7 @@ def _technique(job: PreparedBuild, attach: Callable[[nn.Module], object]) -> Tec
 def _attach(job: PreparedBuild, start: Prepared, seed: int) -> Callable[[nn.Module], object]:
     """What makes a network learn as a member of that seed."""
     if job.learned is None:
-        return lambda model: popup.attach(model, _popup(job.plan, seed))
+        return lambda model: _popup(job.plan, seed).attach(model)
     # not the member's seed itself, which may be the backbone's
     drawn = torch_seed(seed, "reinit") if job.plan.reinit else None
     return lambda model: learn_plan(model, start.checkpoint, seed=drawn)

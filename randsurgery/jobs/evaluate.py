@@ -18,7 +18,7 @@ from randsurgery.jobs.networks import open_network
 from randsurgery.jobs.sources import SourceSpec
 from randsurgery.surgery.ensembles import temperature
 from randsurgery.surgery.modules import build
-from randsurgery.surgery.supermask import Sampler
+from randsurgery.surgery.supermask_scores import Sampler
 from randsurgery.training.evaluate import Evaluation, evaluate
 from randsurgery.training.folders import Part
 

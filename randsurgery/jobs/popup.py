@@ -3,44 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from fractions import Fraction
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from randsurgery.errors import UsageError
-from randsurgery.format.checkpoint import Checkpoint
 from randsurgery.format.container import check_not_input
 from randsurgery.format.masks import Mask
 from randsurgery.jobs import runs
 from randsurgery.jobs.preparing import Prepared, RunPlan, closing_on_error, prepare
 from randsurgery.jobs.runs import Result, Technique
-from randsurgery.jobs.sources import SourceSpec, has_factors, masked_tensors, masks_of
-from randsurgery.surgery import popup, scores, supermask
-from randsurgery.surgery.initialisers import kept_count
-from randsurgery.surgery.learning import survivor_mask
+from randsurgery.surgery import scores
+from randsurgery.surgery.method import Method, Scoring
 from randsurgery.surgery.modules import meta_module
-from randsurgery.surgery.popup import Popup
-from randsurgery.surgery.supermask import Supermask
-from randsurgery.surgery.tickets import rethresholded, with_masks
 from randsurgery.training.loop import Hooks, Record
 from randsurgery.training.settings import TrainSettings
-
-
-@dataclass(frozen=True)
-class FixedMasks(scores.Scoring):
-    """Masks that are there already: nothing about them is learned.
-
-    mask_from: the file whose masks the network gets. k, k_for: or the share that is kept of the
-    source's own scores.
-    """
-
-    mask_from: str | None = field(default=None, kw_only=True)
-    k: str | Fraction | None = field(default=None, kw_only=True)
-    k_for: tuple[tuple[str, str], ...] = field(default=(), kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -48,19 +27,13 @@ class PopupPlan:
     """A popup job: what every run is told, and how masks are found."""
 
     run: RunPlan
-    wish: Popup | Supermask | FixedMasks
+    method: Method
     save_scores: bool = False
-
-    @property
-    def learns_masks(self) -> bool:
-        """True if masks are learned, not given or drawn."""
-        wish = self.wish
-        return isinstance(wish, Supermask) or (isinstance(wish, Popup) and wish.mask == "learned")
 
     @property
     def learns(self) -> bool:
         """True if masks or anything beside them are learned."""
-        return self.learns_masks or bool(self.wish.learn) or self.run.head is not None
+        return self.method.learns or bool(self.method.learn) or self.run.head is not None
 
 
 @dataclass(frozen=True)
@@ -78,92 +51,29 @@ def prepare_popup(plan: PopupPlan) -> PreparedPopup:
 
     The job's checkpoint is to be closed by the caller.
     """
-    wish = plan.wish
-    if isinstance(wish, Popup):
-        _ = wish.share
-    if plan.save_scores and not plan.learns_masks:
+    method = plan.method
+    method.check()
+    if plan.save_scores and not method.learns:
         raise UsageError("--save-scores goes with learned masks; others have none worth it")
 
     def defaults(settings: TrainSettings) -> TrainSettings:
-        if isinstance(wish, Supermask):
-            rate = RESCALED_LR if wish.rescale else SUPERMASK_LR
-            settings = replace(settings, lr=rate, weight_decay=0.0)
+        settings = replace(settings, **method.defaults)
         # where nothing is learned, one pass settles the statistics
         return settings if plan.learns else replace(settings, epochs=1)
 
-    rethresholds = isinstance(wish, FixedMasks) and wish.mask_from is None
     with closing_on_error() as stack:
         run = replace(plan.run, learns="masks")
-        job = prepare(run, stack, _label(wish), flat=not rethresholds, defaults=defaults)
-        if isinstance(wish, FixedMasks):
-            check_not_input(job.output, [wish.mask_from])
-            notes = (*job.notes, *_scaling_notes(job.checkpoint, wish))
-            job = replace(job, checkpoint=_masked(job, wish, plan.run.source), notes=notes)
-        if not isinstance(wish, FixedMasks):
-            left = scores.unmasked(meta_module(job.checkpoint), wish)
-            job = replace(job, notes=(*job.notes, left)) if left else job
-        sizes = _sizes(job.checkpoint, wish)
+        flat = not method.reads_scores
+        job = prepare(run, stack, method.label, flat=flat, defaults=defaults)
+        check_not_input(job.output, method.inputs)
+        placed, notes = method.place(job.checkpoint, from_file=plan.run.source.is_file)
+        notes = [*job.notes, *notes]
+        if isinstance(method, Scoring) and (left := scores.unmasked(meta_module(placed), method)):
+            notes.append(left)
+        job = replace(job, checkpoint=placed, notes=tuple(notes))
+        # attached on meta: a pattern that matches nothing is known before any weight is made
+        sizes = method.sizes(placed)
     return PreparedPopup(job, plan, sizes)
-
-
-SUPERMASK_LR = 200.0
-"""Ramanujan et al., Section 4.4, found by doubling; their published sampling runs decay nothing."""
-
-RESCALED_LR = 50.0
-"""Rescaled weights are twice as large, and so is every gradient; docs/log.md, "Supermasks"."""
-
-
-def _label(wish: Popup | Supermask | FixedMasks) -> str:
-    if isinstance(wish, Supermask):
-        return "supermask"
-    if isinstance(wish, FixedMasks) and wish.mask_from is not None:
-        return "ticket"
-    kind = "random-mask" if isinstance(wish, Popup) and wish.mask == "random" else "popup"
-    return f"{kind}-k{str(wish.k).replace('/', '-')}"
-
-
-def _masked(job: Prepared, wish: FixedMasks, source: SourceSpec) -> Checkpoint:
-    """The job's network under its fixed masks."""
-    if wish.mask_from is not None:
-        return with_masks(job.checkpoint, masks_of(wish.mask_from))
-    assert wish.k is not None
-    if not source.is_file:
-        raise UsageError("--rethreshold goes with a file that popup --save-scores wrote")
-    return rethresholded(job.checkpoint, Popup(wish.k, k_for=wish.k_for))
-
-
-def _scaling_notes(checkpoint: Checkpoint, wish: FixedMasks) -> list[str]:
-    """What masks do not carry from one network to another."""
-    if wish.mask_from is not None:
-        factors = has_factors(wish.mask_from)
-        return [f"{Path(wish.mask_from).name} multiplies what it keeps; its masks alone are taken"
-                ] if factors else []  # fmt: skip
-    settings = checkpoint.member().provenance.get("settings")
-    scaled = isinstance(settings, dict) and settings.get("scaled")
-    return (
-        ["the weights are scaled for the k they were trained with, and stay so"] if scaled else []
-    )
-
-
-def _sizes(
-    checkpoint: Checkpoint, wish: Popup | Supermask | FixedMasks
-) -> dict[str, tuple[int, int | None]]:
-    """Attached on meta: a pattern that matches nothing is known before any weight is made."""
-    who = checkpoint.member()
-    if isinstance(wish, FixedMasks):
-        scores.select_learned(meta_module(checkpoint), wish)
-        masks = {
-            name: survivor_mask(checkpoint, who, name)
-            for name in masked_tensors(checkpoint.recipe, who)
-        }
-        return {name: (mask.size, mask.count) for name, mask in masks.items()}
-    shell = meta_module(checkpoint)
-    targets, _ = scores.resolve(shell, wish)
-    names = {scores.tensor_name(at, leaf): getattr(m, leaf).numel() for at, m, leaf in targets}
-    if isinstance(wish, Supermask):
-        return {name: (size, None) for name, size in names.items()}
-    shares = popup.shares(shell, wish)
-    return {name: (size, kept_count(shares[name], size)) for name, size in names.items()}
 
 
 def run_popup(job: PreparedPopup, hooks: Hooks | None = None) -> Result:
@@ -172,24 +82,13 @@ def run_popup(job: PreparedPopup, hooks: Hooks | None = None) -> Result:
 
 
 def _technique(job: PreparedPopup) -> Technique:
-    wish = job.plan.wish
-
-    def attach(model: nn.Module) -> object:
-        if isinstance(wish, Supermask):
-            return supermask.attach(model, wish)
-        if isinstance(wish, Popup):
-            return popup.attach(model, wish)
-        return scores.learn_beside(model, wish)
-
+    method = job.plan.method
     return Technique(
         command="popup",
-        attach=attach,
+        attach=method.attach,
         settings=_settings(job),
-        options={
-            "mask-from": wish.mask_from if isinstance(wish, FixedMasks) else None,
-            "save-scores": job.plan.save_scores or None,
-        },
-        watch=_watch if job.plan.learns_masks else None,
+        options={**method.given(), "save-scores": job.plan.save_scores or None},
+        watch=_watch if method.learns else None,
         scores=job.plan.save_scores,
     )
 
@@ -197,7 +96,7 @@ def _technique(job: PreparedPopup) -> Technique:
 def _watch(model: nn.Module) -> Hooks:
     """The share of mask bits that flipped in each epoch and, where it is not chosen, the share of
     weights that is kept. It remembers the last epoch's masks."""
-    found = any(isinstance(s, supermask.SupermaskScores) for s in scores.attached(model).values())
+    found = any(layer.finds_density for layer in scores.attached(model).values())
     before = scores.harvest(model)
 
     def extra() -> Record:
@@ -231,26 +130,16 @@ COUNTS = "counts"
 
 
 def _settings(job: PreparedPopup) -> dict[str, Any]:
-    plan, source = job.plan, job.run.plan.source
+    method, source = job.plan.method, job.run.plan.source
     found = {
-        **_mask_settings(plan.wish),
+        **method.settings(),
         **runs.source_settings(job.run.plan),
-        "learn": list(plan.wish.learn),
+        "learn": list(method.learn),
     }
-    if isinstance(plan.wish, FixedMasks):
+    if not isinstance(method, Scoring):
         return found
     scaled = {} if source.is_file else {"scaled": source.scaled_for is not None}
-    return {**found, **scaled, "skip": list(plan.wish.skip)}
-
-
-def _mask_settings(wish: Popup | Supermask | FixedMasks) -> dict[str, Any]:
-    if isinstance(wish, Supermask):
-        return {"algorithm": "supermask", "rescale": wish.rescale, "final": wish.final}
-    k_for = {"k_for": [f"{pattern}={k}" for pattern, k in wish.k_for]} if wish.k_for else {}
-    if isinstance(wish, FixedMasks):
-        donor = wish.mask_from and Path(wish.mask_from).name  # no paths in provenance
-        return {"mask_from": donor, "rethreshold": wish.k and str(wish.k), **k_for}
-    return {"algorithm": "edge-popup", "k": str(wish.k), **k_for, "mask": wish.mask}
+    return {**found, **scaled, "skip": list(method.skip)}
 
 
 def popup_facts(job: PreparedPopup) -> dict[str, Any]:

@@ -93,6 +93,7 @@ class Scores(nn.Module):
         self._shared: dict[Any, tuple[Any, ...]] | None = None  # while the layer is called
 
     algorithm: ClassVar[Algorithm]
+    finds_density: ClassVar[bool] = False  # how many weights are kept is found in training
 
     def choose(
         self, scores: torch.Tensor, weight: torch.Tensor

@@ -7,7 +7,6 @@ go, what else is learned, and how masks are read off is the same.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -18,8 +17,8 @@ from randsurgery.format.generator import Role, generate
 from randsurgery.format.masks import Mask, popcount
 from randsurgery.format.tensors import f32
 from randsurgery.surgery.heads import FixedClassifier, check_not_fixed, fixed_heads
-from randsurgery.surgery.initialisers import check_seed
 from randsurgery.surgery.masking import Scores, share_within_calls
+from randsurgery.surgery.method import Method, Scoring
 from randsurgery.surgery.roles import (
     STANDARDISED,
     Selection,
@@ -27,27 +26,6 @@ from randsurgery.surgery.roles import (
     select,
     tensor_roles,
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Scoring:
-    """What both algorithms are told.
-
-    seed: of the initial scores. skip: patterns of layers left dense and frozen. learn: patterns
-    (``@norm``, ``@head``) of layers, or of single parameters (``pos_embed``), that are learned
-    beside the mask, not masked.
-    """
-
-    seed: int = 0
-    skip: tuple[str, ...] = ()
-    learn: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        for field in ("skip", "learn"):
-            patterns: object = getattr(self, field)
-            if isinstance(patterns, str) or not all(isinstance(p, str) for p in patterns):  # type: ignore[attr-defined]
-                raise UsageError(f"{field} must be a sequence of patterns, found {patterns!r}")
-        check_seed(self.seed)
 
 
 def attached(model: nn.Module) -> dict[str, Scores]:
@@ -104,6 +82,12 @@ def resolve(model: nn.Module, wish: Scoring) -> tuple[list[Target], Selection]:
                 "of a mask; choose another architecture, or --skip such layers"
             )
     return targets, learned
+
+
+def target_sizes(model: nn.Module, wish: Scoring) -> dict[str, int]:
+    """The weights of each tensor that ``put_scores`` will mask, by its name."""
+    targets, _ = resolve(model, wish)
+    return {tensor_name(at, leaf): getattr(module, leaf).numel() for at, module, leaf in targets}
 
 
 def unmasked(model: nn.Module, wish: Scoring) -> str | None:
@@ -174,14 +158,14 @@ def put_scores(
     return model
 
 
-def learn_beside(model: nn.Module, wish: Scoring) -> nn.Module:
+def learn_beside(model: nn.Module, wish: Method) -> nn.Module:
     """Learn what ``wish.learn`` names, and scale and bias of a fixed classifier; freeze everything
     else. In place: for networks whose masks are there already."""
     _learn_alone(model, select_learned(model, wish))
     return model
 
 
-def select_learned(model: nn.Module, wish: Scoring) -> Selection:
+def select_learned(model: nn.Module, wish: Method) -> Selection:
     """What ``wish.learn`` names. Raises UsageError for a pattern without a match, IncompatibleError
     for one that names what a fixed classifier fixes."""
     found = select(model, wish.learn)

@@ -7,23 +7,26 @@ evaluation, and in a file, the mask is fixed.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
-import torch
-from torch import nn
+from randsurgery.surgery.method import Scoring, about, check_choice
 
-from randsurgery.errors import IncompatibleError, UsageError
-from randsurgery.format.checkpoint import Checkpoint
-from randsurgery.format.derivation import Step
-from randsurgery.format.generator import generate
-from randsurgery.format.masks import Mask
-from randsurgery.format.tensors import f32
-from randsurgery.surgery.masking import Scores
-from randsurgery.surgery.scores import Scoring, initial_scores, put_scores
-from randsurgery.surgery.tensors import to_torch
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from randsurgery.format.checkpoint import Checkpoint
+    from randsurgery.surgery.masking import Scores
 
 Final = Literal["threshold", "sample"]
+
+LR = 200.0
+"""Ramanujan et al., Section 4.4, found by doubling; their published sampling runs decay nothing."""
+
+RESCALED_LR = 50.0
+"""Rescaled weights are twice as large, and so is every gradient; docs/log.md, "Supermasks"."""
 
 
 @dataclass(frozen=True)
@@ -36,138 +39,55 @@ class Supermask(Scoring):
     sample from ``seed`` ("sample").
     """
 
-    rescale: bool = field(default=False, kw_only=True)
-    final: Final = field(default="threshold", kw_only=True)
+    name: ClassVar[str] = "supermask"
+    paper: ClassVar[str] = "Zhou et al.; --lr 200, with --rescale 50, and --wd 0 unless given"
+
+    rescale: bool = field(
+        default=False, kw_only=True, metadata=about("supermask: weights times all / kept.")
+    )
+    final: Final = field(
+        default="threshold",
+        kw_only=True,
+        metadata=about("supermask: the mask at the end, by threshold or one sample."),
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_final(self.final)
-
-
-def check_final(name: str) -> Final:
-    """``threshold`` or ``sample``. Raises UsageError."""
-    for kind in get_args(Final):
-        if kind == name:
-            checked: Final = kind
-            return checked
-    raise UsageError(f"unknown --final {name!r}, expected threshold or sample")
-
-
-def apply_mask(weight: torch.Tensor, bits: torch.Tensor, factor: float = 1.0) -> torch.Tensor:
-    """The weight where the bit is true and +0.0 elsewhere, times the factor; same shape."""
-    kept = torch.where(bits, weight, torch.zeros((), dtype=weight.dtype, device=weight.device))
-    return kept if factor == 1.0 else kept * factor
-
-
-def rescaling(bits: torch.Tensor) -> float:
-    """weights / kept weights as a float32 value; 1 for a mask that keeps nothing."""
-    kept = int(bits.sum())
-    return f32(bits.numel() / kept) if kept else 1.0
-
-
-def sampled_bits(scores: torch.Tensor, name: str, seed: int) -> torch.Tensor:
-    """One mask, true with probability sigmoid(score), from our generator: a uniform u in [-1, 1)
-    lies below 2 sigmoid(s) - 1 = tanh(s / 2)."""
-    drawn = generate("uniform", scores.numel(), 1.0, seed=seed, stream=name, role="mask")
-    u = torch.from_numpy(drawn).view(scores.shape)
-    return u.to(scores.device) < torch.tanh(scores / 2)
-
-
-class SupermaskScores(Scores):
-    """Scores whose sigmoid is the probability that a weight is kept."""
-
-    algorithm = "supermask"
-
-    def __init__(self, tensor_name: str, scores: torch.Tensor, wish: Supermask) -> None:
-        super().__init__(tensor_name, scores)
-        self.wish, self.rescales = wish, wish.rescale
-
-    def bits(self, scores: torch.Tensor | None = None) -> torch.Tensor:
-        """The fixed mask, of the scores' shape."""
-        values = (self.scores if scores is None else scores).detach()
-        if self.wish.final == "sample":
-            return sampled_bits(values, self.tensor_name, self.wish.seed)
-        return values > 0
-
-    def choose(
-        self, scores: torch.Tensor, weight: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The weight under a sampled mask in training, under the fixed one in evaluation. Samples
-        come from torch's generator, whose state ``torch.utils.checkpoint`` brings back."""
-        sample = self.training
-        bits = torch.rand_like(scores) < scores.sigmoid() if sample else self.bits(scores)
-        factor = self._factor(bits)
-        return apply_mask(weight.detach(), bits, factor), torch.tensor(factor)
-
-    def gradient(
-        self,
-        gradient: torch.Tensor,
-        weight: torch.Tensor,
-        scores: torch.Tensor,
-        factor: torch.Tensor,
-    ) -> torch.Tensor:
-        """weight * bits * factor, with the bits taken for their probability."""
-        p = scores.sigmoid()
-        return gradient * weight * factor * p * (1 - p)
-
-    def _factor(self, bits: torch.Tensor) -> float:
-        return rescaling(bits) if self.wish.rescale else 1.0
+        check_choice("--final", self.final, get_args(Final))
 
     @property
-    def factor(self) -> float:
-        """What the fixed mask's weights are multiplied by."""
-        return self._factor(self.bits())
+    def learns(self) -> bool:
+        """Always."""
+        return True
 
-    def mask(self) -> Mask:
-        """The fixed mask."""
-        return Mask.of(self.bits().cpu().numpy())
+    @property
+    def defaults(self) -> Mapping[str, Any]:
+        """The paper's rate, lower where weights are rescaled, and no weight decay."""
+        return {"lr": RESCALED_LR if self.rescale else LR, "weight_decay": 0.0}
 
+    def settings(self) -> dict[str, Any]:
+        """As of any method."""
+        return {"algorithm": self.name, "rescale": self.rescale, "final": self.final}
 
-def attach(model: nn.Module, wish: Supermask) -> nn.Module:
-    """Give every convolution and linear weight a score; freeze everything else. In place; works on
-    any nn.Module. In training mode masks are drawn from torch's generator, one for each forward
-    pass. Raises as ``put_scores`` does."""
+    def sizes(self, checkpoint: Checkpoint) -> dict[str, tuple[int, int | None]]:
+        """As of any method; how many are kept is found in training."""
+        from randsurgery.surgery.modules import meta_module
+        from randsurgery.surgery.scores import target_sizes
 
-    def make(name: str, weight: torch.Tensor, fan_in: int) -> Scores:
-        return SupermaskScores(name, initial_scores(name, weight, fan_in, wish.seed), wish)
+        sizes = target_sizes(meta_module(checkpoint), self)
+        return {name: (size, None) for name, size in sizes.items()}
 
-    return put_scores(model, wish, make)
+    def attach(self, model: nn.Module) -> nn.Module:
+        """Give every convolution and linear weight a score; freeze everything else. In place; works
+        on any nn.Module. In training mode masks are drawn from torch's generator, one for each
+        forward pass. Raises as edge-popup's does."""
+        from randsurgery.surgery.scores import initial_scores, put_scores
+        from randsurgery.surgery.supermask_scores import SupermaskScores
 
-
-class Sampler:
-    """Sampled masks on a network that was built from a file with a supermask's scores.
-
-    The weights under the masks and the scores are held beside the network: two float32 values for
-    each masked weight.
-    """
-
-    def __init__(self, checkpoint: Checkpoint, member: str | None = None) -> None:
-        """Raises IncompatibleError if the file has no scores, or edge-popup's."""
-        who = checkpoint.member(member)
-        if not who.scores or who.algorithm != "supermask":
-            found = f"scores of {who.algorithm}" if who.scores else "no scores"
-            raise IncompatibleError(
-                f"the file holds {found}; masks are sampled from those that "
-                "popup --algorithm supermask --save-scores keeps"
+        def make(name: str, weight: torch.Tensor, fan_in: int) -> Scores:
+            scores = initial_scores(name, weight, fan_in, self.seed)
+            return SupermaskScores(
+                name, scores, seed=self.seed, rescale=self.rescale, sampled=self.final == "sample"
             )
-        self.scores = {
-            name: torch.from_numpy(checkpoint.scores(name, who.name).copy()) for name in who.scores
-        }
-        self.rescaled = who.rescaled
 
-        def masks(step: Step) -> bool:
-            """Its masks, and what they multiply by."""
-            return step.owner == who.name and step.overlay.kind in ("mask", "scale")
-
-        self.weights = {
-            name: to_torch(checkpoint.made(checkpoint.derivation(who, name).without(masks)))
-            for name in who.scores
-        }
-
-    @torch.no_grad()
-    def put(self, model: nn.Module, seed: int) -> None:
-        """Put the masks of one sample on the network, in place."""
-        for name, scores in self.scores.items():
-            bits = sampled_bits(scores, name, seed)
-            factor = rescaling(bits) if self.rescaled else 1.0
-            model.get_parameter(name).copy_(apply_mask(self.weights[name], bits, factor))
+        return put_scores(model, self, make)

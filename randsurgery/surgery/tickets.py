@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from fractions import Fraction
 
 import torch
 
@@ -12,9 +13,10 @@ from randsurgery.format.checkpoint import Checkpoint, Memory
 from randsurgery.format.derivation import payload_names
 from randsurgery.format.masks import Mask
 from randsurgery.format.recipe import MaskOverlay, Member, MemberTensor, Recipe
+from randsurgery.surgery.edge_popup import layer_shares
 from randsurgery.surgery.initialisers import kept_count
 from randsurgery.surgery.modules import meta_module
-from randsurgery.surgery.popup import Popup, layer_shares, top_k
+from randsurgery.surgery.popup_scores import top_k
 from randsurgery.surgery.sentences import mask_overlay
 
 
@@ -50,8 +52,12 @@ def _with_mask(who: Member, name: str, mask: Mask, payloads: Memory) -> MemberTe
     return MemberTensor(overlays=overlays) if own is None else own.with_added(overlays)
 
 
-def rethresholded(checkpoint: Checkpoint, wish: Popup) -> Checkpoint:
-    """The same network with masks chosen anew from its popup scores, ``wish.k`` of each tensor.
+def rethresholded(
+    checkpoint: Checkpoint,
+    share: Fraction,
+    k_for: tuple[tuple[str, str | float | Fraction], ...] = (),
+) -> Checkpoint:
+    """The same network with masks chosen anew from its popup scores, ``share`` of each tensor.
 
     The scores leave the file. Raises IncompatibleError if it has none of edge-popup, UsageError for
     a pattern of ``k_for`` that matches no scored layer.
@@ -66,9 +72,9 @@ def rethresholded(checkpoint: Checkpoint, wish: Popup) -> Checkpoint:
         )
     layers = {name: name.rpartition(".")[0] for name in who.scores}
     shares = (
-        layer_shares(meta_module(checkpoint), wish, set(layers.values()))
-        if wish.k_for
-        else dict.fromkeys(layers.values(), wish.share)
+        layer_shares(meta_module(checkpoint), share, k_for, set(layers.values()))
+        if k_for
+        else dict.fromkeys(layers.values(), share)
     )
     payloads, tensors = _payloads(checkpoint), dict(who.tensors)
     for name, layer in layers.items():
