@@ -28,6 +28,7 @@ ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "ensembles.md"
 INSPECT = ROOT / "docs" / "inspect.md"
 DATA = ROOT / "docs" / "data.md"
+TOUR = ROOT / "docs" / "tour.md"
 
 
 # --- the page ------------------------------------------------------------------------------------
@@ -274,17 +275,17 @@ def test_a_page_fits_80_columns(page: Path) -> None:
     assert [line for line in lines if len(line) > 80] == []
 
 
-def readme(title: str) -> list[Step]:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+def part(page: Path, title: str) -> list[Step]:
+    text = page.read_text(encoding="utf-8")
     return steps(text.split(f"## {title}\n")[1].split("\n## ")[0])
 
 
 @pytest.mark.usefixtures("one_thread")
-def test_the_readme_shows_what_its_commands_print(
+def test_the_tour_shows_what_its_commands_print(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    found = [*readme("A plan"), *readme("A report")]
+    found = [*part(TOUR, "A plan"), *part(TOUR, "A report")]
     assert len(found) == 3
     for step in found:
         assert not same(step.shown, printed := Reader().run(step)), f"{step.source}\n{printed}"
@@ -293,12 +294,31 @@ def test_the_readme_shows_what_its_commands_print(
 @pytest.mark.parametrize(
     ("title", "page", "commands"), [("An ensemble", PAGE, 2), ("Your own images", DATA, 1)]
 )
-def test_the_readme_shows_what_the_page_shows(title: str, page: Path, commands: int) -> None:
+def test_the_tour_shows_what_the_page_shows(title: str, page: Path, commands: int) -> None:
     there = {step.source: step.shown for step in steps(page.read_text(encoding="utf-8"))}
-    here = readme(title)
+    here = part(TOUR, title)
     assert len(here) >= commands
     for step in here:
         assert same(step.shown, "\n".join(there[step.source])) == ""
+
+
+def test_the_readme_is_short_and_shows_what_the_tour_shows() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 120
+    there = {step.source: step.shown for step in steps(TOUR.read_text(encoding="utf-8"))}
+    here = part(ROOT / "README.md", "Four commands")
+    assert len(here) == 4
+    for step in here:
+        assert same(step.shown, "\n".join(there[step.source])) == ""
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_the_readme_says_what_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (step,) = (one for one in part(ROOT / "README.md", "In Python") if one.kind == "python")
+    assert len([line for line in step.source.splitlines() if line]) <= 8
+    Reader().run(step)
+    assert (tmp_path / "net.safetensors").exists()
 
 
 @pytest.mark.parametrize(
