@@ -185,6 +185,8 @@ def save(
     it speaks of no payload. Returns the file's size in bytes. Raises OutputError if the file exists
     and ``force`` is false.
     """
+    if not force and os.path.exists(path):
+        raise OutputError(f"{path}: exists already; choose another path or pass force=True")
     checkpoint = as_checkpoint(recipe)
     if module is not None:
         checkpoint = harvest(checkpoint, module, scores=scores)

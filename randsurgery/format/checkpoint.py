@@ -74,8 +74,8 @@ class Checkpoint:
         names = [m.name for m in self.recipe.members]
         if name is None and len(names) > 1:
             raise UsageError(
-                f"the file has {len(names)} members ({', '.join(names)}); name one with --member, "
-                "or take one out with ensemble extract"
+                f"the file has {len(names)} members ({', '.join(names)}); name one (member=, "
+                "--member), or take one out with ensemble extract"
             )
         try:
             return self.recipe.member(name)

@@ -18,6 +18,7 @@ from randsurgery.format.derivation import (
 )
 from randsurgery.format.fields import SHARED
 from randsurgery.format.recipe import Member, Recipe
+from randsurgery.format.shards import beside, bytes_behind
 from randsurgery.format.tensors import RawTensor, byte_count
 from randsurgery.inspection.headers import MemberBytes, header_of, member_bytes, read_header
 from randsurgery.inspection.pictures import byte_unit, legible, save, told_apart
@@ -180,10 +181,11 @@ def _base_files(recipe: Recipe, path: str | os.PathLike[str]) -> Iterator[BaseFi
     for key, ref in recipe.bases.items():
         if key not in needed:
             continue
-        beside = Path(path).with_name(ref.file) if ref.file is not None else None
-        there = beside is not None and beside.is_file()
         name = ref.file or ref.origin or "a base without a name"
-        yield BaseFile(name, beside.stat().st_size if beside is not None and there else None)
+        lying = None if ref.file is None else Path(path).with_name(ref.file)
+        if lying is not None and not lying.is_file():
+            lying = beside(path, [lying.name])
+        yield BaseFile(name, None if lying is None else bytes_behind(lying))
 
 
 def _foreign_rows(infos: Mapping[str, TensorInfo]) -> list[TensorStorage]:

@@ -110,8 +110,8 @@ def unmasked(model: nn.Module, wish: Scoring) -> str | None:
     shown = list(places)[:6]
     more = f" and {len(places) - len(shown)} more" if len(places) > len(shown) else ""
     return (
-        f"neither masked nor learned, left as they are: {', '.join(shown)}{more}; name them with "
-        "--learn to train them, or with --skip if that is meant"
+        f"neither masked nor learned, left as they are: {', '.join(shown)}{more}; name them in "
+        "learn (--learn) to train them, in skip (--skip) if that is meant"
     )
 
 
