@@ -14,6 +14,8 @@ from surgery_helpers import assert_same_state, save_dense
 import randsurgery as rs
 from randsurgery.format.shards import read_behind
 
+pytestmark = pytest.mark.slow
+
 SHORT = ("--epochs", 1, "-b", 256)
 
 

@@ -24,6 +24,8 @@ from randsurgery.jobs.init import open_init
 from randsurgery.jobs.sources import SourceSpec, open_source, resolve_source
 from randsurgery.surgery.checkpoints import plain_names
 
+pytestmark = pytest.mark.slow
+
 PAGE = Path(__file__).parents[1] / "docs" / "checkpoints.md"
 
 

@@ -37,6 +37,8 @@ from randsurgery.surgery.edge_popup import Popup
 from randsurgery.surgery.modules import build, harvest
 from randsurgery.surgery.recipes import make_recipe
 
+pytestmark = pytest.mark.slow
+
 QUICK = ("--width", "0.1", "--epochs", "1", "-b", "256")
 
 

@@ -48,6 +48,8 @@ from randsurgery.inspection.confusion import (
 )
 from randsurgery.inspection.pictures import save
 
+pytestmark = pytest.mark.slow
+
 SPLIT = "digits, test"
 EVIL = [
     "\x1b[31mred[bold]\u202e\n.weight", "$x^2_$", "$\\frac{$", "_private_", '"quoted", twice',

@@ -31,6 +31,8 @@ from randsurgery.surgery.pickles import Skipped
 from randsurgery.surgery.sentences import compact_entry
 from randsurgery.surgery.tensors import from_torch
 
+pytestmark = pytest.mark.slow
+
 SMALL = ("--width", "0.125")
 
 

@@ -21,6 +21,8 @@ from randsurgery.cli import common
 from randsurgery.errors import RandsurgeryError
 from randsurgery.format.recipe import BaseSource
 
+pytestmark = pytest.mark.slow
+
 CLASSES = 10
 
 

@@ -18,6 +18,8 @@ from randsurgery.format.recipe import BaseSource
 from randsurgery.surgery.bases import open_checkpoint
 from randsurgery.surgery.modules import build, harvest
 
+pytestmark = pytest.mark.slow
+
 ARCH = "test_resnet"
 ON_BASE = (ARCH, "--num-classes", 10, "--checkpoint", "d.safetensors")
 SHORT = ("--epochs", 1, "-b", 256)

@@ -46,6 +46,8 @@ from randsurgery.training.datasets import open_data
 from randsurgery.training.loop import Hooks
 from randsurgery.training.temperature import mean_nll
 
+pytestmark = pytest.mark.slow
+
 A, B, E, TASKS = "a.safetensors", "b.safetensors", "e.safetensors", "tasks.safetensors"
 
 

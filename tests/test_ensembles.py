@@ -34,6 +34,8 @@ from randsurgery.surgery.ensembles import Ensemble, joined
 from randsurgery.surgery.modules import build
 from randsurgery.surgery.resident import Resident
 
+pytestmark = pytest.mark.slow
+
 # --- members of every kind on one backbone --------------------------------------------------------
 
 ARGS = {"depth": 10, "growth_rate": 2}

@@ -20,6 +20,8 @@ from randsurgery.surgery.modules import build, plain_state
 from randsurgery.surgery.roles import STANDARDISED
 from randsurgery.surgery.scores import attached
 
+pytestmark = pytest.mark.slow
+
 CLASSES = 7
 
 # name, image size in pixels, arguments

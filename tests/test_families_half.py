@@ -16,6 +16,8 @@ from surgery_helpers import bits, save_dense
 
 import randsurgery as rs
 
+pytestmark = pytest.mark.slow
+
 # name: image size in pixels
 FAMILIES = {
     "resnet10t": 64, "mobilenetv3_small_050": 64, "mobilenetv2_035": 64, "lcnet_035": 64,

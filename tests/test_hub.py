@@ -19,6 +19,8 @@ from safetensors.torch import save_file
 import randsurgery as rs
 from randsurgery.jobs.hub import parse_address
 
+pytestmark = pytest.mark.slow
+
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 

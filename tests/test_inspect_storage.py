@@ -29,6 +29,8 @@ from randsurgery.inspection.members import list_members
 from randsurgery.inspection.pictures import legible
 from randsurgery.inspection.storage import SHOWN, StorageReport, drawn, storage
 
+pytestmark = pytest.mark.slow
+
 GOLDEN = Path(__file__).parent / "golden"
 OURS = sorted(p for p in GOLDEN.glob("*.safetensors") if p.name != "base.safetensors")
 SEVERAL = sorted(GOLDEN.glob("ensemble-*.safetensors"))

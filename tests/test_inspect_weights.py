@@ -48,6 +48,8 @@ from randsurgery.inspection.weights import (
     merged,
 )
 
+pytestmark = pytest.mark.slow
+
 GOLDEN = Path(__file__).parent / "golden"
 RNG = np.random.Generator(np.random.Philox(0))
 EVIL = "\x1b[31mred[bold]$x^2_$\u202e\n.weight"

@@ -56,6 +56,8 @@ from randsurgery.jobs.members import (
 )
 from randsurgery.surgery.ensembles import joined
 
+pytestmark = pytest.mark.slow
+
 # --- random members on one backbone ---------------------------------------------------------------
 
 SHAPES: dict[str, tuple[str, tuple[int, ...]]] = {

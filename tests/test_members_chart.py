@@ -13,6 +13,8 @@ from matplotlib.transforms import Bbox
 
 from randsurgery.inspection.members import MOST, MemberRow, MembersReport, drawn
 
+pytestmark = pytest.mark.slow
+
 DENSE = 1_078_464
 KINDS = {  # bytes shared, and added by a member
     "a slice": (DENSE, 110_000),

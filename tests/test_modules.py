@@ -324,7 +324,7 @@ def test_other_members_keep_their_words_and_bytes() -> None:
 def test_an_existing_file_is_not_overwritten_without_force(tmp_path: Path) -> None:
     path = write(tmp_path / "net.safetensors", conv2())
     before = path.read_bytes()
-    with pytest.raises(rs.OutputError, match="--force"):
+    with pytest.raises(rs.OutputError, match="pass force=True"):
         rs.save(path, conv2(num_classes=5))
     assert path.read_bytes() == before
     rs.save(path, conv2(num_classes=5), force=True)

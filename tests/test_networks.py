@@ -22,6 +22,8 @@ from randsurgery.surgery.recipes import make_recipe
 from randsurgery.surgery.roles import is_norm, select_modules, tensor_roles
 from randsurgery.surgery.zoo import zoo_names
 
+pytestmark = pytest.mark.slow
+
 # parameters with 10 classes and three channels at 32 x 32
 TOTALS = {
     "wrn_28_4": 5_849_050,

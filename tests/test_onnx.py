@@ -25,6 +25,8 @@ from randsurgery.format.specs import InputSpec
 from randsurgery.jobs import onnx as job
 from randsurgery.surgery.heads import FixedClassifier
 
+pytestmark = pytest.mark.slow
+
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # read once, on import
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")

@@ -20,6 +20,8 @@ import randsurgery as rs
 from randsurgery.cli.app import app, spread
 from randsurgery.training.settings import TrainSettings
 
+pytestmark = pytest.mark.slow
+
 PAGE = Path(__file__).parents[1] / "docs" / "papers.md"
 TITLE = "## The papers' runs, and the command for each"
 FOLDERS = ("data", "tiny-imagenet-200", "imagenet")

@@ -28,6 +28,8 @@ from randsurgery.jobs.sources import SourceSpec
 from randsurgery.jobs.train import prepare_train, run_train
 from randsurgery.training.loop import Hooks
 
+pytestmark = pytest.mark.slow
+
 SMALL = ("--width", "0.1", "--num-classes", "10")
 QUICK = ("--epochs", "1", "-b", "256")
 

@@ -33,6 +33,8 @@ from randsurgery.training.evaluate import evaluate
 from randsurgery.training.loop import Hooks, Record, balanced, best_epoch, fit
 from randsurgery.training.state import RunState, changing, read_state, write_state
 
+pytestmark = pytest.mark.slow
+
 SHORT = ("conv2", *TINY, "-b", "256", "--epochs", "1")
 RUN = {"command": "popup"}
 

@@ -31,6 +31,8 @@ from randsurgery.jobs.splits import Request, open_for_evaluation, open_for_train
 from randsurgery.training.data import Data, Resident
 from randsurgery.training.folders import read_folder
 
+pytestmark = pytest.mark.slow
+
 SMALL = ("conv2", "--width", "0.1", "--img-size", "16", "--epochs", "1", "-b", "64")
 FOLDER = DatasetSpec(name="folder")
 

@@ -13,6 +13,8 @@ from randsurgery.errors import DivergedError
 from randsurgery.surgery import threshold
 from randsurgery.surgery.threshold import BLOCK, Bracket, _select_by_sorting, select
 
+pytestmark = pytest.mark.slow
+
 
 def twin(scores: torch.Tensor, weight: torch.Tensor, zeroed: int) -> torch.Tensor:
     """A stable sort of |score|: the first ``zeroed`` go, so of equal ones the lower index."""

@@ -40,6 +40,8 @@ from randsurgery.training.loop import Hooks, channels_last, fit, start
 from randsurgery.training.settings import TrainSettings
 from randsurgery.training.state import RunState, read_state, write_state
 
+pytestmark = pytest.mark.slow
+
 DIGITS = DatasetSpec(name="digits")
 
 

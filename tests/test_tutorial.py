@@ -24,6 +24,8 @@ from randsurgery.cli import ensemble, inspect
 from randsurgery.cli.app import app, spread
 from randsurgery.jobs import runs
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "ensembles.md"
 INSPECT = ROOT / "docs" / "inspect.md"

@@ -16,6 +16,8 @@ from randsurgery.cli.app import with_value
 from randsurgery.errors import UsageError
 from randsurgery.surgery.initialisers import parse_fraction
 
+pytestmark = pytest.mark.slow
+
 SHORT = ("conv2", *TINY, "-b", "256", "--epochs", "1")
 
 
