@@ -59,7 +59,7 @@ def point(name: str, seed: int, data_dir: str) -> dict[str, Any]:
         folder = Path(made)
         out = ("-o", "net.safetensors")
         if first == "freeze":
-            plan = ("freeze", *NETWORK, *options, "--init-seed", str(seed), "--num-classes", "10")
+            plan = ("freeze", *NETWORK, *options, *own, "--num-classes", "10", "--img-size", "28")
             command((*plan, "-o", "plan.safetensors"), folder)
             found = command(("train", "plan.safetensors", *own, *data, *out), folder)
         else:
@@ -135,6 +135,7 @@ def draw(results: str, output: str) -> None:
         for name, size, accuracy in points if len(points) > 1 else ():
             axes.annotate(name.split()[-1], (size, accuracy), (4, -11), textcoords="offset points",
                           fontsize=8)  # fmt: skip
+    axes.margins(y=0.12)
     axes.set_xscale("log")
     axes.set_xticks([20, 50, 100, 200, 500], ["20", "50", "100", "200", "500"])
     axes.minorticks_off()

@@ -34,6 +34,8 @@ from randsurgery.surgery.architectures import (
 from randsurgery.surgery.modules import build
 from randsurgery.surgery.recipes import make_recipe
 
+pytestmark = pytest.mark.slow
+
 # --- names and arguments -------------------------------------------------------------------------
 
 

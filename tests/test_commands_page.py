@@ -11,6 +11,8 @@ import pytest
 
 from randsurgery.cli.app import app
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = Path(__file__).parents[1] / "docs" / "make_commands.py"
 
 

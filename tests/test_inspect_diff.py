@@ -30,6 +30,8 @@ from randsurgery.format.tensors import STORAGE, RawTensor
 from randsurgery.format.writing import write_checkpoint
 from randsurgery.inspection.diff import DiffReport, TensorDiff, diff, distances
 
+pytestmark = pytest.mark.slow
+
 GOLDEN = Path(__file__).parent / "golden"
 Json = dict[str, Any]
 

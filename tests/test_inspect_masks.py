@@ -52,6 +52,8 @@ from randsurgery.inspection.grouping import (
 )
 from randsurgery.inspection.masks import LayerMask, MasksReport, masks, summary
 
+pytestmark = pytest.mark.slow
+
 GOLDEN = Path(__file__).parent / "golden"
 FILES = (
     "popup", "popup-random", "popup-scores", "ensemble-masks", "survivors", "supermask",

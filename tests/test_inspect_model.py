@@ -28,6 +28,8 @@ from randsurgery.surgery.modules import build, harvest, meta_module
 from randsurgery.surgery.plans import Freeze, count_layers, make_plan, with_plan
 from randsurgery.surgery.recipes import make_recipe
 
+pytestmark = pytest.mark.slow
+
 GOLDEN = Path(__file__).parent / "golden"
 NETS = sorted(
     path for path in GOLDEN.glob("*.safetensors")

@@ -41,6 +41,8 @@ from randsurgery.training.images import Failure, decode, find_images, suffixes
 from randsurgery.training.loop import fit
 from randsurgery.training.predict import Prediction, predict
 
+pytestmark = pytest.mark.slow
+
 NAMES = ("ant", "bee, wasp", 'a "cat"', "Köter")
 ONE = tuple(f"{what}_{rank}" for rank in range(1, 5) for what in ("class", "probability"))
 

@@ -11,6 +11,8 @@ import pytest
 import randsurgery as rs
 from randsurgery import api
 
+pytestmark = pytest.mark.slow
+
 PUBLIC = [
     "Checkpoint", "DataError", "DivergedError", "Ensemble", "FileFormatError", "Freeze",
     "IncompatibleError", "OutputError", "Popup", "RandsurgeryError", "RandsurgeryWarning", "Recipe",

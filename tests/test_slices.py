@@ -33,6 +33,8 @@ from randsurgery.surgery.plans import (
 from randsurgery.surgery.recipes import make_recipe
 from randsurgery.surgery.sliced_layers import Sliced
 
+pytestmark = pytest.mark.slow
+
 
 def whole_gradients(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> dict[str, torch.Tensor]:
     """The gradients of every parameter, as plain torch computes them."""

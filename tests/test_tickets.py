@@ -25,6 +25,8 @@ from randsurgery.surgery.modules import build, harvest
 from randsurgery.surgery.recipes import make_recipe
 from randsurgery.surgery.tickets import rethresholded, with_masks
 
+pytestmark = pytest.mark.slow
+
 PLAIN = "plain.safetensors"
 QUICK = ("--width", "0.1", "--epochs", "1", "-b", "256")
 SMALL = {"width": 0.1, "num_classes": 10}
