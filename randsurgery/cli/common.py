@@ -202,7 +202,7 @@ def say_shown(shown: Shown, fell_back: str, left_out: int, flattering: bool) -> 
     if shown.told:
         note(shown.told)
     if shown.assumed:
-        note(f"no preprocessing is recorded: using {shown.assumed}")
+        note(shown.assumed)
     if left_out:
         note(f"left out: {left_out:,} images that a temperature was fitted on")
     if flattering:

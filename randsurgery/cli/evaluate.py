@@ -68,7 +68,7 @@ def evaluate(
 ) -> None:
     """Accuracy and loss on the test split, with the preprocessing recorded in the file."""
     from randsurgery.cli import render
-    from randsurgery.format.container import check_not_input
+    from randsurgery.format.shards import check_not_input
     from randsurgery.inspection import confusion as tables
     from randsurgery.jobs.evaluate import run_eval
     from randsurgery.jobs.inputs import DataOptions

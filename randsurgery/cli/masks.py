@@ -65,8 +65,8 @@ def masks(
     index along a tensor's first dimension, an input one along its second.
     """
     from randsurgery.errors import UsageError, near
-    from randsurgery.format.container import check_not_input, check_output
-    from randsurgery.format.shards import read_behind
+    from randsurgery.format.container import check_output
+    from randsurgery.format.shards import check_not_input
     from randsurgery.inspection.masks import masks as report_on
     from randsurgery.inspection.masks import write_csv
 
@@ -74,7 +74,7 @@ def masks(
         raise UsageError(f"unknown --sort {sort!r}, expected {', '.join(SORTS)}{near(sort, SORTS)}")
     if csv is not None:
         target = check_output(csv, force=force, option="--csv")
-        check_not_input(target, [f for p in (*files, base) for f in read_behind(p)], option="--csv")
+        check_not_input(target, (*files, base), option="--csv")
     report = report_on(files, members=member or (), patterns=pattern or (), base=base)
     for line in report.notes:
         note(clean(line))

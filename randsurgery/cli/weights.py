@@ -240,18 +240,17 @@ def _check_outputs(
     """Refuse what cannot be written, or asks for values and for none of them, before anything is
     read. Raises UsageError or OutputError."""
     from randsurgery.errors import UsageError
-    from randsurgery.format.container import check_not_input, check_output, check_picture
-    from randsurgery.format.shards import read_behind
+    from randsurgery.format.container import check_output, check_picture
+    from randsurgery.format.shards import check_not_input
 
     if expected and histogram is not None:
         raise UsageError("--expected reads no values, of which --histogram is made")
-    read = [file for path in (*files, base) for file in read_behind(path)]
     if plot is not None:
         check_picture(plot, force=force)
-        check_not_input(Path(plot), read, option="--plot")
+        check_not_input(Path(plot), (*files, base), option="--plot")
     if csv is not None:
         table = check_output(csv, force=force, option="--csv")
-        check_not_input(table, read, option="--csv")
+        check_not_input(table, (*files, base), option="--csv")
         if plot is not None and Path(plot).resolve() == Path(csv).resolve():
             raise UsageError("--plot and --csv name the same file")
 

@@ -14,7 +14,7 @@ import json
 import os
 import tempfile
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
@@ -282,16 +282,6 @@ def check_output(
     if target.exists() and not force:
         raise OutputError(f"{target}: exists already; choose another {option} or pass --force")
     return target
-
-
-def check_not_input(
-    output: Path, inputs: Iterable[str | os.PathLike[str] | None], *, option: str = "--output"
-) -> None:
-    """Refuse to write over what is read, with ``--force`` too. Raises OutputError, which names the
-    option."""
-    for name in inputs if output.exists() else ():
-        if name is not None and os.path.exists(name) and output.samefile(name):
-            raise OutputError(f"{output}: is read by this command; choose another {option}")
 
 
 def check_picture(path: str | os.PathLike[str], *, force: bool = False) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from randsurgery.errors import FileFormatError
+from randsurgery.errors import FileFormatError, OutputError
 from randsurgery.format.canonical import strict_json
 from randsurgery.format.checkpoint import is_checkpoint, is_safetensors, read_checkpoint
 from randsurgery.format.container import MAX_HEADER, Container
@@ -66,6 +66,12 @@ def beside(path: str | os.PathLike[str], names: Iterable[str]) -> Path | None:
     return None
 
 
+def base_beside(path: str | os.PathLike[str], name: str) -> Path | None:
+    """The base of that recorded name that lies beside a file, of any kind; None if none does."""
+    found = Path(path).with_name(name)
+    return found if found.is_file() else beside(path, [name])
+
+
 def files_behind(path: str | os.PathLike[str] | None) -> tuple[Path, ...]:
     """The files that a path to weights stands for, as far as they are there: itself, or those of a
     folder, an index and its parts."""
@@ -93,10 +99,19 @@ def read_behind(path: str | os.PathLike[str] | None) -> tuple[Path, ...]:
             names = [ref.file for ref in found.recipe.bases.values() if ref.file is not None]
     except FileFormatError:  # whoever opens it tells
         return own
-    folder = Path(path).absolute().parent
-    bases = [folder / name for name in names if (folder / name).exists()]
-    bases += [folder for name in names if folder.name == name]
+    bases = (base_beside(path, name) for name in names)
     return (*own, *(file for base in bases for file in files_behind(base)))
+
+
+def check_not_input(
+    output: Path, inputs: Iterable[str | os.PathLike[str] | None], *, option: str = "--output"
+) -> None:
+    """Refuse to write over what is read by way of these paths, with ``--force`` too. Raises
+    OutputError, which names the option."""
+    for path in inputs if output.exists() else ():
+        for file in read_behind(path):
+            if file.exists() and output.samefile(file):
+                raise OutputError(f"{output}: is read by this command; choose another {option}")
 
 
 def bytes_behind(path: str | os.PathLike[str]) -> int:

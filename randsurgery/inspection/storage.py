@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from randsurgery.format.container import TensorInfo
@@ -18,7 +17,7 @@ from randsurgery.format.derivation import (
 )
 from randsurgery.format.fields import SHARED
 from randsurgery.format.recipe import Member, Recipe
-from randsurgery.format.shards import beside, bytes_behind
+from randsurgery.format.shards import base_beside, bytes_behind
 from randsurgery.format.tensors import RawTensor, byte_count
 from randsurgery.inspection.headers import MemberBytes, header_of, member_bytes, read_header
 from randsurgery.inspection.pictures import byte_unit, legible, save, told_apart
@@ -182,9 +181,7 @@ def _base_files(recipe: Recipe, path: str | os.PathLike[str]) -> Iterator[BaseFi
         if key not in needed:
             continue
         name = ref.file or ref.origin or "a base without a name"
-        lying = None if ref.file is None else Path(path).with_name(ref.file)
-        if lying is not None and not lying.is_file():
-            lying = beside(path, [lying.name])
+        lying = None if ref.file is None else base_beside(path, ref.file)
         yield BaseFile(name, None if lying is None else bytes_behind(lying))
 
 

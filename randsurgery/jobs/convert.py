@@ -11,9 +11,9 @@ from typing import Any
 
 from randsurgery.errors import FileFormatError, UsageError
 from randsurgery.format.checkpoint import Checkpoint, finished_bytes, is_safetensors
-from randsurgery.format.container import Container, check_network, check_not_input
+from randsurgery.format.container import Container, check_network
 from randsurgery.format.derivation import payload_names
-from randsurgery.format.shards import bytes_behind, read_behind
+from randsurgery.format.shards import bytes_behind, check_not_input
 from randsurgery.format.tensors import RawTensor
 from randsurgery.format.writing import write_checkpoint
 from randsurgery.jobs.hub import holds_checkpoint
@@ -78,7 +78,7 @@ def prepare_convert(plan: ConvertPlan) -> PreparedConvert:
     plan.reading.check()
     stem = Path(plan.file).stem
     output = check_network(plan.output or f"{stem}-converted.safetensors", force=plan.force)
-    check_not_input(output, (*read_behind(plan.file), *read_behind(plan.base)))
+    check_not_input(output, (plan.file, plan.base))
     return converted(plan, output)
 
 

@@ -15,7 +15,6 @@ from randsurgery.format.checkpoint import Checkpoint, Memory
 from randsurgery.format.container import (
     Container,
     check_network,
-    check_not_input,
     check_output,
     pack,
     write_atomically,
@@ -23,6 +22,7 @@ from randsurgery.format.container import (
 from randsurgery.format.derivation import payload_name, payload_names
 from randsurgery.format.fields import as_given
 from randsurgery.format.recipe import BaseSource, Member, MemberTensor, Recipe, StoredSource
+from randsurgery.format.shards import check_not_input
 from randsurgery.format.writing import write_checkpoint
 from randsurgery.jobs.hub import PREFIX
 from randsurgery.jobs.inputs import DataOptions

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from randsurgery.errors import UsageError
-from randsurgery.surgery.edge_popup import k_for_settings
+from randsurgery.surgery.edge_popup import ABOUT_K_FOR, k_for_settings
 from randsurgery.surgery.method import Method, about
 
 if TYPE_CHECKING:
@@ -102,10 +102,7 @@ class Rethreshold(FixedMasks):
     k_for: tuple[tuple[str, str], ...] = field(
         default=(),
         kw_only=True,
-        metadata=about(
-            "Layers that keep another share; the last match decides; repeatable.",
-            metavar="PATTERN=K",
-        ),
+        metadata=ABOUT_K_FOR,
     )
 
     @property

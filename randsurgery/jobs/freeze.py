@@ -8,7 +8,8 @@ from typing import Any
 
 from randsurgery.errors import UsageError
 from randsurgery.format.checkpoint import Checkpoint
-from randsurgery.format.container import check_network, check_not_input
+from randsurgery.format.container import check_network
+from randsurgery.format.shards import check_not_input
 from randsurgery.format.writing import write_checkpoint
 from randsurgery.jobs import runs
 from randsurgery.jobs.inputs import without_idle_size

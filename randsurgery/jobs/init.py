@@ -6,8 +6,8 @@ from pathlib import Path
 
 from randsurgery.errors import UsageError
 from randsurgery.format.checkpoint import Checkpoint
-from randsurgery.format.container import check_network, check_not_input
-from randsurgery.format.shards import read_behind
+from randsurgery.format.container import check_network
+from randsurgery.format.shards import check_not_input
 from randsurgery.format.writing import write_checkpoint
 from randsurgery.jobs.inputs import without_idle_size
 from randsurgery.jobs.records import keep_base, with_provenance
@@ -22,7 +22,7 @@ def resolve_init(
     records no preprocessing."""
     name = Path(spec.name).name.partition("@")[0]
     path = check_network(output or f"{name}-init-{spec.seed}.safetensors", force=force)
-    check_not_input(path, (*spec.inputs, *read_behind(mask_from)))
+    check_not_input(path, (*spec.inputs, mask_from))
     spec = without_idle_size(resolve_source(spec))
     if spec.is_file:
         raise UsageError("init makes a network of an architecture; the source is a file already")

@@ -176,7 +176,7 @@ def takes_img_size(model: ModelSpec, size: int) -> bool:
 class Shown:
     """The images that a file's network is shown. ``split``: which, for people ("test");
     ``fell_back``: digits, since no dataset was given or recorded; ``told``: what was found;
-    ``assumed``: the preprocessing, where the network's file records none."""
+    ``assumed``: what there is to say of the preprocessing where the network's file records none."""
 
     data: Data
     dataset: DatasetSpec
@@ -208,7 +208,7 @@ def open_split(
         )
     check_classes(data.classes, asked)
     _check_numbers(data, dataset, member, options)
-    assumed = "" if checkpoint.recipe.input_of(member) else look_text(data.spec)
+    assumed = "" if checkpoint.recipe.input_of(member) else assumed_text(data.spec)
     return Shown(data, dataset, part, fell_back, told, assumed)
 
 
@@ -225,7 +225,9 @@ def _check_numbers(data: Data, dataset: DatasetSpec, member: Member, options: Da
     )
 
 
-ASSUMED = "no preprocessing is recorded: using"
+def assumed_text(look: InputSpec) -> str:
+    """What there is to say where no preprocessing is recorded."""
+    return f"no preprocessing is recorded: using {look_text(look)}"
 
 
 def look_text(look: InputSpec) -> str:

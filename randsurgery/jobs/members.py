@@ -14,10 +14,10 @@ from pathlib import Path
 
 from randsurgery.errors import FileFormatError, IncompatibleError, UsageError
 from randsurgery.format.checkpoint import Checkpoint, is_safetensors, read_checkpoint
-from randsurgery.format.container import check_network, check_not_input
+from randsurgery.format.container import check_network
 from randsurgery.format.fields import SHARED
 from randsurgery.format.members import check_names, first_fault, pick, renamed, with_own
-from randsurgery.format.shards import read_behind
+from randsurgery.format.shards import check_not_input, read_behind
 from randsurgery.format.specs import ModelSpec
 from randsurgery.format.writing import finish, write_checkpoint
 from randsurgery.jobs.convert import ConvertPlan, converted
@@ -161,7 +161,7 @@ def prepare_extract(
     member."""
     path = local_file(file)
     target = check_network(output or f"{Path(path).stem}-{name}.safetensors", force=force)
-    check_not_input(target, read_behind(path))
+    check_not_input(target, [path])
     with contextlib.ExitStack() as stack:
         found = stack.enter_context(_open_file(path, base))
         alone = pick(found, [name])
@@ -196,8 +196,8 @@ def _bases_of(file: str) -> tuple[Path, ...]:
     return read_behind(file)[1:]
 
 
-def _read_by(incoming: Incoming) -> list[Path]:
-    return [file for path in (*incoming.files, incoming.base) for file in read_behind(path)]
+def _read_by(incoming: Incoming) -> tuple[str | None, ...]:
+    return *incoming.files, incoming.base
 
 
 def _opened(

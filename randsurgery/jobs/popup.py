@@ -10,9 +10,8 @@ import torch
 from torch import nn
 
 from randsurgery.errors import UsageError
-from randsurgery.format.container import check_not_input
 from randsurgery.format.masks import Mask
-from randsurgery.format.shards import read_behind
+from randsurgery.format.shards import check_not_input
 from randsurgery.jobs import runs
 from randsurgery.jobs.preparing import Prepared, RunPlan, closing_on_error, prepare
 from randsurgery.jobs.runs import Result, Technique
@@ -66,7 +65,7 @@ def prepare_popup(plan: PopupPlan) -> PreparedPopup:
         run = replace(plan.run, learns="masks")
         flat = not method.reads_scores
         job = prepare(run, stack, method.label, flat=flat, defaults=defaults)
-        check_not_input(job.output, [f for path in method.inputs for f in read_behind(path)])
+        check_not_input(job.output, method.inputs)
         placed, notes = method.place(job.checkpoint, from_file=plan.run.source.is_file)
         notes = [*job.notes, *notes]
         if isinstance(method, Scoring) and (left := scores.unmasked(meta_module(placed), method)):

@@ -16,14 +16,14 @@ from torch import nn
 
 from randsurgery.errors import DataError, IncompatibleError, UsageError
 from randsurgery.format.checkpoint import Checkpoint
-from randsurgery.format.container import check_not_input, check_output, write_atomically
+from randsurgery.format.container import check_output, write_atomically
 from randsurgery.format.members import members_named
 from randsurgery.format.recipe import Member
+from randsurgery.format.shards import check_not_input
 from randsurgery.jobs.inputs import (
-    ASSUMED,
     DataOptions,
+    assumed_text,
     look_for_file,
-    look_text,
     open_split,
     pick_device,
 )
@@ -138,7 +138,7 @@ def prepare(
                 notes.append("no images given, no dataset given or recorded: using digits")
             notes += [shown.told] if shown.told else []
         if checkpoint.recipe.input_of(who) is None:
-            notes.append(f"{ASSUMED} {look_text(data.spec)}")
+            notes.append(assumed_text(data.spec))
         plain = model.backbone if isinstance(model, Ensemble) else model
         if getattr(plain, "num_classes", None) == 0:
             raise IncompatibleError(

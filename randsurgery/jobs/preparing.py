@@ -18,12 +18,8 @@ from randsurgery.errors import (
     UsageError,
 )
 from randsurgery.format.checkpoint import Checkpoint
-from randsurgery.format.container import (
-    check_network,
-    check_not_input,
-    check_output,
-    check_picture,
-)
+from randsurgery.format.container import check_network, check_output, check_picture
+from randsurgery.format.shards import check_not_input
 from randsurgery.format.specs import DatasetSpec
 from randsurgery.format.writing import check_not_base
 from randsurgery.jobs.inputs import (

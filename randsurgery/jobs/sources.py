@@ -6,7 +6,6 @@ import contextlib
 import os
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
-from pathlib import Path
 from typing import Any
 
 import timm
@@ -24,7 +23,7 @@ from randsurgery.format.recipe import (
     Recipe,
     ScatterOverlay,
 )
-from randsurgery.format.shards import CONFIG, read_behind, weights_in
+from randsurgery.format.shards import CONFIG, weights_in
 from randsurgery.jobs.hub import (
     PREFIX,
     config_of,
@@ -73,12 +72,10 @@ class SourceSpec:
     chosen: bool = False
 
     @property
-    def inputs(self) -> tuple[Path, ...]:
-        """The files that are read, as far as they are given."""
+    def inputs(self) -> tuple[str, ...]:
+        """The paths that are read, as far as they are given."""
         own = self.name if self.is_file or self.is_folder else None
-        return tuple(
-            file for path in (own, self.checkpoint, self.base) for file in read_behind(path)
-        )
+        return tuple(path for path in (own, self.checkpoint, self.base) if path is not None)
 
     @property
     def is_file(self) -> bool:

@@ -5,14 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from torch import nn
-
-from randsurgery.format.recipe import Learned, Plan
 from randsurgery.jobs import runs
 from randsurgery.jobs.preparing import Prepared, RunPlan, closing_on_error, prepare
 from randsurgery.jobs.runs import Result, Technique
 from randsurgery.jobs.sources import masked_tensors
-from randsurgery.surgery.heads import fixed_heads
 from randsurgery.surgery.learning import learn_plan, survivor_counts
 from randsurgery.surgery.modules import meta_module
 from randsurgery.surgery.plans import count_layers, survivors
@@ -31,23 +27,9 @@ def _planned(job: Prepared) -> Any:
     """The checkpoint with a plan: its own, else the survivors of its masks, else everything."""
     checkpoint, who = job.checkpoint, job.checkpoint.member()
     model = meta_module(checkpoint)
-    if who.plan is not None:
-        own = _refitted(who.plan, model) if job.plan.head is not None else who.plan
-    else:
-        own = survivors(model, masked_tensors(checkpoint.recipe, who))
+    own = who.plan or survivors(model, masked_tensors(checkpoint.recipe, who))
     recipe = checkpoint.recipe.with_member(who.model_copy(update={"plan": own}))
     return replace(checkpoint, recipe=recipe)
-
-
-def _refitted(plan: Plan, model: nn.Module) -> Plan:
-    """A plan for a network whose classifier was fixed: what is gone leaves the plan, scale and bias
-    of the fixed classifier enter it."""
-    there = dict(model.named_parameters(remove_duplicate=False))
-    kept = {name: part for name, part in plan.tensors.items() if name in there}
-    for place, head in fixed_heads(model).items():
-        kept.pop(f"{place}.weight", None)
-        kept |= {f"{place}.{leaf}": Learned() for leaf, _ in head.learned_parameters()}
-    return plan.model_copy(update={"tensors": dict(sorted(kept.items()))})
 
 
 def run_train(job: Prepared, hooks: Hooks | None = None) -> Result:

@@ -20,6 +20,11 @@ if TYPE_CHECKING:
 MaskKind = Literal["learned", "random"]
 
 
+ABOUT_K_FOR = about(
+    "Layers that keep another share; the last match decides; repeatable.", metavar="PATTERN=K"
+)
+
+
 @dataclass(frozen=True)
 class TopShare(Scoring):
     """A method that keeps a given share of each tensor.
@@ -35,10 +40,7 @@ class TopShare(Scoring):
     k_for: tuple[tuple[str, str | float | Fraction], ...] = field(
         default=(),
         kw_only=True,
-        metadata=about(
-            "Layers that keep another share; the last match decides; repeatable.",
-            metavar="PATTERN=K",
-        ),
+        metadata=ABOUT_K_FOR,
     )
 
     @property

@@ -40,8 +40,6 @@ class Method:
     """Where it is from."""
     chosen_by: ClassVar[str | None] = None
     """The option that chooses it, if that is not ``--algorithm``."""
-    training: ClassVar[Mapping[str, Any]] = {}
-    """Settings of training that it needs, unless others are given."""
 
     seed: int = 0
     learn: tuple[str, ...] = field(
@@ -69,8 +67,8 @@ class Method:
 
     @property
     def defaults(self) -> Mapping[str, Any]:
-        """``training``, as far as it depends on options."""
-        return self.training
+        """Settings of training that it needs, unless others are given."""
+        return {}
 
     @property
     def inputs(self) -> tuple[str, ...]:
